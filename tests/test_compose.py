@@ -1,0 +1,122 @@
+"Composed models: which classes, how large, the same logits, files, ONNX."
+
+import functools
+import itertools
+
+import pytest
+import torch
+from torch import nn
+
+from modnb.compose import Composer, compose, load_module, save_module
+from modnb.extract import masked
+from modnb.files import UnreadableFile
+from modnb.masks import ModuleMasks
+from modnb.models import create_model
+from modnb.units import unit_sites
+
+CLASSES = [f"class {c}" for c in range(10)]
+
+
+@functools.cache
+def parts(name: str):
+    "A network with random modules that keep about a third of the units each"
+    torch.manual_seed(0)
+    model = create_model(name, width=0.125).eval()
+    x = torch.randn(3, 3, model.config.get("image_size") or 32, model.config.get("image_size") or 32)
+    masks = {}
+    for site, units in unit_sites(model, x).items():
+        masks[site] = torch.rand(10, units) < 0.35
+        masks[site][:, 0] = True
+    return model, ModuleMasks(masks, CLASSES), x
+
+
+MODELS = ["vgg16_4096", "resnet18", "mobilenet", "rescnn"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_logits_are_those_of_the_oracle_in_class_order(name):
+    model, masks, x = parts(name)
+    composed = compose(model, masks, ["class 7", 2, 5], x)
+    assert composed.classes == ["class 2", "class 5", "class 7"]
+    expected = masked(model, masks.keep([2, 5, 7]), x)(x)[:, [2, 5, 7]]
+    assert torch.allclose(composed(x), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_order_of_classes_does_not_matter(name):
+    model, masks, x = parts(name)
+    composer = Composer(model, masks, x)
+    outputs = [composer(order)(x) for order in itertools.permutations([1, 4, 8])]
+    assert all(torch.equal(outputs[0], o) for o in outputs)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_more_classes_are_never_smaller(name):
+    model, masks, x = parts(name)
+    composer = Composer(model, masks, x)
+    sizes = [sum(p.numel() for p in composer(range(n)).parameters()) for n in range(1, 11)]
+    assert sizes == sorted(sizes) and sizes[0] < sizes[-1] < sum(p.numel() for p in model.parameters())
+
+
+def test_full_masks_and_all_classes_give_the_model():
+    model, masks, x = parts("resnet18")
+    full = ModuleMasks({s: torch.ones_like(m) for s, m in masks.masks.items()}, CLASSES)
+    assert torch.equal(compose(model, full, CLASSES, x)(x), model(x))
+
+
+def test_a_module_has_one_output():
+    model, masks, x = parts("vgg16_4096")
+    assert compose(model, masks, ["class 3"], x)(x).shape == (3, 1)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_file_round_trip(name, tmp_path):
+    model, masks, x = parts(name)
+    composed = compose(model, masks, [0, 9], x)
+    save_module(composed, tmp_path / "m.safetensors")
+    again = load_module(tmp_path / "m.safetensors")
+    assert torch.equal(again(x), composed(x)) and again.classes == composed.classes
+    save_module(again, tmp_path / "n.safetensors")  # what was loaded can be saved again
+    assert torch.equal(load_module(tmp_path / "n.safetensors")(x), composed(x))
+
+
+def test_files_of_networks_outside_the_registry(tmp_path):
+    def build(): return nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1), nn.Flatten())
+
+    model, x = build().eval(), torch.randn(2, 3, 1, 1)
+    masks = ModuleMasks({"1": torch.tensor([[True, False, True, False], [False, True, False, True]])}, ["a", "b"])
+    composed = compose(model, masks, ["a"], x)
+    save_module(composed, tmp_path / "m")
+    with pytest.raises(ValueError, match="not in the registry"): load_module(tmp_path / "m")
+    assert torch.equal(load_module(tmp_path / "m", build())(x), composed(x))
+    other = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1, bias=False), nn.Flatten())
+    with pytest.raises(UnreadableFile, match="another architecture"): load_module(tmp_path / "m", other)
+    masks.save(tmp_path / "masks")
+    with pytest.raises(UnreadableFile, match="holds masks, not module"): load_module(tmp_path / "masks")
+    with pytest.raises(ValueError, match="what compose returns"): save_module(model, tmp_path / "x")
+    assert not (tmp_path / "x").exists()
+
+
+def test_bad_classes():
+    model, masks, x = parts("resnet18")
+    for classes, match in [(["class 10"], "class 10"), ([10], "10"), ([], "no class"), ([1, "class 1"], "class 1")]:
+        with pytest.raises(ValueError, match=match): compose(model, masks, classes, x)
+
+
+def test_masks_of_another_model():
+    _, masks, x = parts("resnet18")
+    with pytest.raises(ValueError, match="this network has no site"): compose(parts("rescnn")[0], masks, [0, 1], x)
+    wider = create_model("resnet18", width=0.25).eval()
+    with pytest.raises(ValueError, match="entries, but the site has"): compose(wider, masks, [0, 1], x)
+
+
+def test_onnx_export(tmp_path):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model, masks, x = parts("resnet18")
+    composed = compose(model, masks, [0, 4], x)
+    torch.onnx.export(composed, (x,), tmp_path / "m.onnx", dynamo=True, input_names=["images"], verbose=False,
+                      dynamic_shapes=({0: torch.export.Dim("batch")},))
+    session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
+    for images in (x, torch.randn(5, *x.shape[1:])):
+        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+        assert torch.allclose(found, composed(images), rtol=1e-3, atol=1e-5)

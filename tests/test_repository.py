@@ -1,0 +1,282 @@
+"""Rules of the repository: package and README follow the notebooks, imports point down, nothing private is tracked."""
+
+import ast
+import filecmp
+import importlib.util
+import inspect
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+NBS = ROOT / "nbs"
+NOTEBOOKS = sorted(p for p in NBS.rglob("*.ipynb") if ".ipynb_checkpoints" not in p.parts)
+EXPERIMENTS = [p for p in NOTEBOOKS if "experiments" in p.parts]
+SOURCES = [p for p in NOTEBOOKS if re.match(r"\d\d_", p.name)]
+BIN = Path(sys.executable).parent
+name = lambda path: path.relative_to(ROOT).as_posix()
+each_notebook = pytest.mark.parametrize("notebook", NOTEBOOKS, ids=name)
+
+
+def cells(notebook: Path, kind: str | None = None) -> list[dict]:
+    found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    return [cell | {"source": "".join(cell["source"])} for cell in found if kind in (None, cell["cell_type"])]
+
+
+def python_source(cell: dict) -> ast.Module | None:
+    try: return ast.parse(re.sub(r"^\s*[%!].*$", "", cell["source"], flags=re.MULTILINE))
+    except SyntaxError: return None
+
+
+def tracked_files() -> list[Path]:
+    "What is in git, or would be with the next `git add .`"
+    listing = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(listing, cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode: pytest.skip("not a git checkout")
+    return [ROOT / f for f in listed.stdout.split("\0") if f and (ROOT / f).is_file()]
+
+
+# Package and notebooks
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory) -> Path:
+    "The package, exported again somewhere else"
+    copy = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "settings.ini", copy)
+    shutil.copytree(NBS, copy / "nbs", ignore=shutil.ignore_patterns(".ipynb_checkpoints", "runs"))
+    environment = {k: v for k, v in os.environ.items() if k != "IN_TEST"}
+    subprocess.run([BIN / "nbdev_export"], cwd=copy, check=True, env=environment)
+    return copy / "modnb"
+
+
+def test_exports_are_in_step(exported):
+    modules = {p.relative_to(exported) for p in exported.rglob("*.py")}
+    here = {p.relative_to(ROOT / "modnb") for p in (ROOT / "modnb").rglob("*.py")}
+    assert here - modules == set(), "no notebook writes these"
+    assert modules - here == set(), "exported by no one yet: run nbdev_export"
+    for module in sorted(modules):
+        if filecmp.cmp(exported / module, ROOT / "modnb" / module, shallow=False): continue
+        origin = re.search(r"File to edit: \S*(nbs/\S+\.ipynb)", (exported / module).read_text())
+        pytest.fail(f"modnb/{module} is not what {origin[1] if origin else 'the notebooks'} exports: run nbdev_export")
+
+
+def test_package_imports_little():
+    "Starting is quick, and the library runs where development tools and heavy parts are not installed"
+    heavy = ["fastcore", "fvcore", "papermill", "nbdev", "torchvision", "matplotlib", "pandas", "sklearn", "seaborn"]
+    modules = sorted({".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+                      for p in (ROOT / "modnb").rglob("*.py") if p.stem != "_modidx"})
+    code = f"import sys\nsys.modules.update(dict.fromkeys({heavy!r}))\nimport {', '.join(modules)}"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
+GROUND = ["compat", "data", "models", "training", "files", "testing"]
+METHODS = ["cnnsplitter", "mwt", "moda"]
+ABOVE = ["running", "matrix", "samples", "results", "figures"]
+
+
+def floor(module: str) -> int:
+    "0 the ground, 1 the shared vocabulary, 2 the methods, 3 experiments and results"
+    part = module.split(".")[0]
+    return 0 if part in GROUND else 2 if part in METHODS else 3 if part in ABOVE else 1
+
+
+def imported_modules(path: Path) -> set[str]:
+    "Modules of ours that a module imports, without `modnb.`"
+    package, found = path.relative_to(ROOT / "modnb").parts[:-1], set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            base = [*package[: len(package) - node.level + 1]] if node.level else []
+            full = ".".join(filter(None, [*(["modnb", *base] if node.level else []), node.module]))
+            names = [full] + [f"{full}.{alias.name}" for alias in node.names if full in ("modnb", *METHODS)]
+        found |= {n.removeprefix("modnb.") for n in names if n.startswith("modnb.")}
+    return found
+
+
+def test_imports_point_downwards():
+    for path in sorted((ROOT / "modnb").rglob("*.py")):
+        if path.stem in ("_modidx", "__init__"): continue
+        module = ".".join(path.relative_to(ROOT / "modnb").with_suffix("").parts)
+        for other in imported_modules(path):
+            assert floor(other) <= floor(module), f"{module} imports {other}, which lies above it"
+            methods = {m.split(".")[0] for m in (module, other) if floor(m) == 2}
+            assert len(methods) <= 1, f"{module} imports {other}: a method never imports another"
+            assert not (floor(module) == 3 and methods), f"{module} imports the method {other}"
+
+
+def test_relative_imports_are_understood(tmp_path):
+    "The test above would miss what it cannot read"
+    assert imported_modules(ROOT / "modnb/figures.py") >= {"masks"}
+    assert floor("moda.losses") == 2 and floor("masks") == 1 and floor("data") == 0 and floor("results") == 3
+
+
+def test_annotations_can_be_evaluated():
+    "A name in quotes that the module does not have breaks the documentation"
+    for path in sorted((ROOT / "modnb").rglob("*.py")):
+        if path.stem.startswith("_"): continue
+        module = importlib.import_module(".".join(path.relative_to(ROOT).with_suffix("").parts))
+        for symbol in getattr(module, "__all__", []):
+            value = getattr(module, symbol)
+            if inspect.isfunction(value): inspect.signature(value, eval_str=True)
+
+
+# Notebooks
+
+
+def test_parameters_tag_survives_cleaning(tmp_path):
+    (tmp_path / "nbs").mkdir()
+    shutil.copy(ROOT / "settings.ini", tmp_path)
+    source = EXPERIMENTS[0]
+    shutil.copy(source, tmp_path / "nbs")
+    subprocess.run([BIN / "nbdev_clean"], cwd=tmp_path, check=True)
+    cleaned = cells(tmp_path / "nbs" / source.name)
+    tags = [cell["metadata"].get("tags") for cell in cleaned]
+    assert tags == [cell["metadata"].get("tags") for cell in cells(source)] and ["parameters"] in tags
+
+
+@pytest.mark.parametrize("notebook", EXPERIMENTS, ids=name)
+def test_experiments_have_checked_parameters_and_no_outputs(notebook):
+    code = cells(notebook, "code")
+    places = [i for i, cell in enumerate(code) if "parameters" in cell["metadata"].get("tags", [])]
+    assert len(places) == 1, "exactly one cell is tagged parameters"
+    assert "check_parameters(In, globals())" in code[places[0] + 1]["source"]
+    assert not code[places[0]]["source"].startswith("# Parameters"), "that is how papermill marks its own cell"
+    for line in code[places[0]]["source"].splitlines():
+        assert re.match(r"\w+ = .+  # \S", line), f"a plain value and a comment are wanted: {line}"
+    assert not any(cell["outputs"] for cell in code), "jupyter nbconvert --clear-output --inplace"
+
+
+@each_notebook
+def test_cells_of_imports_hold_nothing_else(notebook):
+    "The documentation executes cells that import, and only those"
+    for cell in cells(notebook, "code"):
+        tree = python_source(cell)
+        if tree is None: continue
+        imports = [isinstance(node, ast.Import | ast.ImportFrom) for node in tree.body]
+        exported = re.search(r"^#\|\s*export", cell["source"], re.MULTILINE)
+        assert exported or all(imports) or not any(imports), f"imports and other code:\n{cell['source'][:300]}"
+
+
+@each_notebook
+def test_prose_is_prose(notebook):
+    "A text editor's cell format puts `#` before every line; in a notebook that makes every line a heading"
+    for cell in cells(notebook, "markdown"): assert not re.match(r"# #+ |# \w[^\n]*\n#", cell["source"]), cell["source"][:100]
+
+
+@each_notebook
+def test_exported_cells_import_by_name(notebook):
+    for cell in cells(notebook, "code"):
+        if not re.search(r"^#\|\s*export", cell["source"], re.MULTILINE): continue
+        stars = [n for n in ast.walk(python_source(cell)) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
+        assert not stars, f"import * in an exported cell:\n{cell['source'][:200]}"
+
+
+@each_notebook
+def test_notebooks_are_small(notebook):
+    assert notebook.stat().st_size <= 600_000
+
+
+@pytest.mark.parametrize("notebook", SOURCES, ids=name)
+def test_links_between_notebooks_lead_somewhere(notebook):
+    for cell in cells(notebook, "markdown"):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", cell["source"]):
+            assert (notebook.parent / target).exists(), f"{notebook.name} links to {target}"
+
+
+def test_formulas_become_mathml():
+    "The site shows formulas without fetching anything; what the converter does not know it would show as text"
+    convert = pytest.importorskip("latex2mathml.converter").convert
+    formula = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
+    seen = 0
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook, "markdown"):
+            text = re.sub(r"```.*?```|`[^`]*`", "", cell["source"], flags=re.DOTALL)
+            for block, inline in formula.findall(text):
+                text = (block or inline).strip()
+                result, seen = convert(text), seen + 1
+                assert "\\" not in result and "<mi>&</mi>" not in result, f"{notebook.name}: {text}"
+    assert seen > 20
+
+
+# README and site
+
+
+@pytest.fixture(scope="module")
+def build():
+    spec = importlib.util.spec_from_file_location("build", ROOT / "docs/build.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_readme_is_in_step(build, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert build.readme_text() == readme, "nbs/index.ipynb changed: run make readme"
+
+
+def test_readme_table_is_computed_from_the_rows():
+    from modnb.results import compare_systems, markdown_table, read_rows
+
+    table = markdown_table(compare_systems(read_rows(ROOT / "results/demo.csv")))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
+
+
+def test_readme_links_lead_somewhere():
+    for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
+        assert (ROOT / target).exists(), target
+
+
+def test_committed_rows_are_valid():
+    from modnb.results import read_rows
+
+    for path in (ROOT / "results").glob("*.csv"): assert len(read_rows(path))
+
+
+def test_site_links(build):
+    known = build.pages()
+    assert known["extract"].name == "12_extract.ipynb" and known["experiments/train"].name == "train.ipynb"
+    text = f"[`extract`]({build.HOME}/extract.html#extract), [next](13_similarity.ipynb), [other](https://example.org)"
+    assert build.site_links(text, "../") == (
+        "[`extract`](../extract.ipynb#extract), [next](similarity.ipynb), [other](https://example.org)")
+    text = "[a](12_extract.ipynb) ![b](images/x.png) [c](../results/demo.csv) [d](https://example.org)"
+    assert build.readme_links(text) == (
+        "[a](nbs/12_extract.ipynb) ![b](nbs/images/x.png) [c](results/demo.csv) [d](https://example.org)")
+
+
+# What is tracked
+
+
+def test_nothing_private_or_large_is_tracked():
+    private = re.compile(r"(?<![\w.])/(?:home|Users|root|work|tmp)/[\w.-]+/")
+    for path in tracked_files():
+        assert path.stat().st_size <= 600_000, f"{path} is large"
+        assert path.suffix not in (".safetensors", ".ckpt", ".pt", ".pth"), f"{path}: weights are not committed"
+        if path.suffix in (".png", ".svg", ".gz", ".xz"): continue
+        found = private.search(path.read_text(encoding="utf-8", errors="replace"))
+        assert not found, f"{path}: a path of one machine: {found[0]}"
+
+
+def test_versions_agree():
+    version = re.search(r"^version = (\S+)", (ROOT / "settings.ini").read_text(), re.MULTILINE)[1]
+    import modnb
+
+    assert modnb.__version__ == version
+    assert f"version: {version}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {version}" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_one_command():
+    "Continuous integration runs what everybody runs"
+    assert os.access(ROOT / ".ci/run", os.X_OK)
+    assert "make test" in (ROOT / ".ci/run").read_text()
+    helped = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for target in ("demo", "test", "lab", "docs", "readme", "clean"): assert f"make {target}" in helped
