@@ -39,7 +39,7 @@ help:
 
 demo: .venv/.ready
 	$(call say,'training and taking apart: study demo of nbs/experiments/matrix.yaml')
-	@$(BIN)/snakemake -s nbs/experiments/Snakefile --config study=demo --cores $(JOBS) --keep-going --rerun-incomplete \
+	@$(BIN)/snakemake -s nbs/experiments/Snakefile --config study=demo --cores $(JOBS) --keep-going --rerun-incomplete --nolock \
 		--quiet rules host reason
 	$(call say,'the table')
 	@$(BIN)/python -m modnb.running nbs/experiments/demo_report.ipynb runs/demo/report.ipynb -p runs runs/demo >/dev/null
@@ -60,7 +60,7 @@ test: .venv/.ready
 	$(call say,'every notebook (nbdev_test)')
 	$(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(call say,'tests/ (pytest)')
-	$(BIN)/python -m pytest -q tests --ignore tests/test_repository.py -n $(JOBS)
+	$(BIN)/python -m pytest -q tests --ignore tests/test_repository.py -n $(JOBS) --dist loadfile
 
 lab: .venv/.ready
 	$(call say,'JupyterLab: stop it with Ctrl-C')

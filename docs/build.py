@@ -16,6 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 HOME = SETTINGS["DEFAULT"]["doc_host"] + SETTINGS["DEFAULT"]["doc_baseurl"]
+FILES = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
 SITE = re.compile(rf"\({re.escape(HOME)}/(?P<page>[\w/]+)\.html(?P<anchor>#[\w.-]+)?\)")  # links made by nbdev
 LINK = re.compile(r"\((?P<folder>[\w/.-]*?)(?P<name>[\w-]+)\.ipynb(?P<anchor>#[\w.-]+)?\)")
 CALLOUT = re.compile(r"^:::\s*\{\.callout-(?P<kind>\w+)[^}]*\}", re.MULTILINE)
@@ -108,8 +109,9 @@ def link_pages(notebook: dict, up: str) -> dict:
 
 
 def site_links(text: str, up: str) -> str:
-    "Links between pages of the site; `up` leads from the page to the top"
+    "Links to pages of the site, and to files of the repository; `up` leads from the page to the top"
     known = pages()
+    text = re.sub(rf"\]\({re.escape(up)}\.\./([^)]+)\)", rf"]({FILES}/\1)", text)
     text = SITE.sub(lambda m: f"({up}{m['page']}.ipynb{m['anchor'] or ''})" if m["page"] in known else m[0], text)
     return LINK.sub(lambda m: f"({m['folder']}{page_name(Path(m['name']))}.ipynb{m['anchor'] or ''})", text)
 
@@ -131,14 +133,11 @@ def readme_text() -> str:
         process(ROOT / "nbs/index.ipynb", processed)
         notebook = convert_notebook(processed, "index")
     notebook.cells = [cell for cell in notebook.cells if cell["source"].strip() or cell.get("outputs")]
+    notebook.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
-    exporter.register_preprocessor("nbconvert.preprocessors.TagRemovePreprocessor", enabled=True)
-    for cell in notebook.cells:
-        if "remove-input" in cell.metadata.get("tags", []): cell["source"] = ""
     text, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]: raise ValueError("README: the index must show pictures by a link to a file, not as output")
-    text = re.sub(r"```python\n*```\n", "", readme_links(text))
-    return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
 
 
 def build_site() -> None:
@@ -157,9 +156,10 @@ def build_site() -> None:
         for picture in (ROOT / "nbs").rglob("*.png"):
             (source / picture.relative_to(ROOT / "nbs")).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, source / picture.relative_to(ROOT / "nbs"))
-        shutil.rmtree(ROOT / "_docs", ignore_errors=True)
         sphinx = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", str(ROOT / "docs")]
-        subprocess.run([*sphinx, str(source), str(ROOT / "_docs")], check=True)
+        subprocess.run([*sphinx, "-d", f"{folder}/cache", str(source), f"{folder}/html"], check=True)
+        shutil.rmtree(ROOT / "_docs", ignore_errors=True)
+        shutil.move(f"{folder}/html", ROOT / "_docs")
     print(f"open {ROOT / '_docs/index.html'}")
 
 

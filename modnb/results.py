@@ -29,7 +29,7 @@ from .files import atomic_path
 # %% ../nbs/60_results.ipynb #9e88f3e0
 Frame = Any  # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
 
-# %% ../nbs/60_results.ipynb #2e2d2d34
+# %% ../nbs/60_results.ipynb #dba4f521
 FIELDS = {  # column -> (type, meaning)
     "run": (str, "one trained network: its study and the name of the run in it"),
     "study": (str, "the runs that belong together in a table"),
@@ -37,7 +37,7 @@ FIELDS = {  # column -> (type, meaning)
     "model": (str, "name for `create_model`"),
     "dataset": (str, "name for `load_dataset`"),
     "seed": (int, "decides initial weights, order of batches and augmentation"),
-    "classes": (str, "the class set: `all`, or names joined with `|`"),
+    "classes": (str, "the class set: `all`, or names with vertical bars between them"),
     "metric": (str, "what was measured, a key of `METRICS` or of `units`"),
     "value": (float, "the number; empty: not measured"),
     "unit": (str, "unit of `value`, one of `UNITS`"),

@@ -7,11 +7,12 @@ __all__ = ['ANY', 'PLAIN', 'declared_parameters', 'check_names', 'check_types', 
            'check_parameters', 'parameters_cell', 'notebook_parameters', 'read_value', 'NotebookFailed',
            'kernel_settings', 'run_notebook', 'main']
 
-# %% ../nbs/50_running.ipynb #2febc91c
+# %% ../nbs/50_running.ipynb #0ff4c6e7
 import ast
 import json
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -202,5 +203,7 @@ def main(
         return 1 if isinstance(error, NotebookFailed) else 2
     return 0
 
-# %% ../nbs/50_running.ipynb #fbd2d881
-if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())  # in a notebook there is no file
+# %% ../nbs/50_running.ipynb #9b488a75
+if __name__ == "__main__" and "__file__" in globals():  # in a notebook there is no file
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped runner stops its kernel and tidies up
+    sys.exit(main())

@@ -42,6 +42,17 @@ def tracked_files() -> list[Path]:
     return [ROOT / f for f in listed.stdout.split("\0") if f and (ROOT / f).is_file()]
 
 
+@pytest.fixture(scope="module")
+def build():
+    "Imports a program of docs/ by its name"
+    def load(stem: str):
+        spec = importlib.util.spec_from_file_location(stem, ROOT / f"docs/{stem}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    return load
+
+
 # Package and notebooks
 
 
@@ -168,7 +179,8 @@ def test_cells_of_imports_hold_nothing_else(notebook):
 @each_notebook
 def test_prose_is_prose(notebook):
     "A text editor's cell format puts `#` before every line; in a notebook that makes every line a heading"
-    for cell in cells(notebook, "markdown"): assert not re.match(r"# #+ |# \w[^\n]*\n#", cell["source"]), cell["source"][:100]
+    for cell in cells(notebook, "markdown"):
+        assert not re.match(r"# #+ |# \w[^\n]*\n#", cell["source"]), cell["source"][:100]
 
 
 @each_notebook
@@ -191,36 +203,27 @@ def test_links_between_notebooks_lead_somewhere(notebook):
             assert (notebook.parent / target).exists(), f"{notebook.name} links to {target}"
 
 
-def test_formulas_become_mathml():
+def test_formulas_become_mathml(build):
     "The site shows formulas without fetching anything; what the converter does not know it would show as text"
-    convert = pytest.importorskip("latex2mathml.converter").convert
+    mathml = build("conf").mathml
     formula = re.compile(r"\$\$(.+?)\$\$|(?<![\\$\w])\$([^$\n]+?)\$(?!\w)", re.DOTALL)
     seen = 0
     for notebook in NOTEBOOKS:
         for cell in cells(notebook, "markdown"):
-            text = re.sub(r"```.*?```|`[^`]*`", "", cell["source"], flags=re.DOTALL)
-            for block, inline in formula.findall(text):
-                text = (block or inline).strip()
-                result, seen = convert(text), seen + 1
-                assert "\\" not in result and "<mi>&</mi>" not in result, f"{notebook.name}: {text}"
+            prose = re.sub(r"```.*?```|`[^`]*`", "", cell["source"], flags=re.DOTALL)
+            for block, inline in formula.findall(prose):
+                result, seen = mathml(block or inline), seen + 1
+                assert "\\" not in result and "<mi>&</mi>" not in result, f"{notebook.name}: {block or inline}"
     assert seen > 20
 
 
 # README and site
 
 
-@pytest.fixture(scope="module")
-def build():
-    spec = importlib.util.spec_from_file_location("build", ROOT / "docs/build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_readme_is_in_step(build, monkeypatch):
     monkeypatch.chdir(ROOT)
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    assert build.readme_text() == readme, "nbs/index.ipynb changed: run make readme"
+    assert build("build").readme_text() == readme, "nbs/index.ipynb changed: run make readme"
 
 
 def test_readme_table_is_computed_from_the_rows():
@@ -228,6 +231,20 @@ def test_readme_table_is_computed_from_the_rows():
 
     table = markdown_table(compare_systems(read_rows(ROOT / "results/demo.csv")))
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
+
+
+def test_pages_of_the_site(build, tmp_path, monkeypatch):
+    "What Sphinx gets: no directive is left, definitions are documented, links stay on the site"
+    monkeypatch.chdir(ROOT)
+    build = build("build")
+    build.process(NBS / "51_matrix.ipynb", tmp_path / "page.ipynb")
+    page = build.convert_notebook(tmp_path / "page.ipynb", "matrix")
+    sources = [cell["source"] for cell in page.cells]
+    assert sources[0].startswith("# The matrix of experiments\n\n*A study is")
+    assert not any(re.search(r"^#\|", source, re.MULTILINE) for source in sources)
+    assert any(source.lstrip().startswith("[source]") and "### study_cells" in source for source in sources)
+    assert not any("ipynb" in source and "52_samples" in source for source in sources)
+    assert any("(samples.ipynb)" in source for source in sources)
 
 
 def test_readme_links_lead_somewhere():
@@ -242,11 +259,13 @@ def test_committed_rows_are_valid():
 
 
 def test_site_links(build):
+    build = build("build")
     known = build.pages()
     assert known["extract"].name == "12_extract.ipynb" and known["experiments/train"].name == "train.ipynb"
     text = f"[`extract`]({build.HOME}/extract.html#extract), [next](13_similarity.ipynb), [other](https://example.org)"
     assert build.site_links(text, "../") == (
         "[`extract`](../extract.ipynb#extract), [next](similarity.ipynb), [other](https://example.org)")
+    assert build.site_links("[rows](../results/demo.csv)", "") == f"[rows]({build.FILES}/results/demo.csv)"
     text = "[a](12_extract.ipynb) ![b](images/x.png) [c](../results/demo.csv) [d](https://example.org)"
     assert build.readme_links(text) == (
         "[a](nbs/12_extract.ipynb) ![b](nbs/images/x.png) [c](results/demo.csv) [d](https://example.org)")

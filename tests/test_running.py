@@ -202,7 +202,8 @@ def test_a_killed_kernel_and_a_slow_cell_are_failures(tmp_path):
 def test_the_folder_in_which_it_runs(tmp_path):
     book = write(tmp_path / "where.ipynb", IMPORTS, "x = 0", "import os; print(os.getcwd())")
     (tmp_path / "inner").mkdir()
-    assert outputs(run_notebook(book, tmp_path / "out.ipynb", cwd=tmp_path / "inner")).strip() == str(tmp_path / "inner")
+    ran = run_notebook(book, tmp_path / "out.ipynb", cwd=tmp_path / "inner")
+    assert outputs(ran).strip() == str(tmp_path / "inner")
 
 
 def test_kernels_need_no_ports_and_leave_nothing(notebook, tmp_path, monkeypatch):
