@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['CPU', 'CHANNELWISE_LAYERS', 'CHANNELWISE_NAMES', 'SUM_NAMES', 'PRODUCT_NAMES', 'SCALAR_NAMES', 'REDUCING_NAMES',
            'RESHAPING_NAMES', 'Live', 'all_alive', 'EmptyModule', 'clone_layer', 'slice_rows', 'slice_dense', 'Rule',
-           'Whole', 'Channelwise', 'Dense', 'Grouped', 'Elementwise', 'Union', 'Product', 'Concat', 'Part', 'Fold',
-           'Reshape', 'Size', 'Input', 'plain_layer', 'rule_of', 'check_keep', 'Plan', 'first_true', 'Builder',
-           'spread', 'KeptWeights', 'Anatomy', 'ChannelMask', 'extract', 'masked', 'kept_weights']
+           'Whole', 'Channelwise', 'Normalised', 'Dense', 'Grouped', 'Elementwise', 'Union', 'Product', 'Concat',
+           'Part', 'Fold', 'Reshape', 'Size', 'Input', 'plain_layer', 'rule_of', 'check_keep', 'Plan', 'first_true',
+           'Builder', 'spread', 'KeptWeights', 'Anatomy', 'ChannelMask', 'extract', 'masked', 'kept_weights']
 
 # %% ../nbs/12_extract.ipynb #c1420c1c
 import copy
@@ -104,7 +104,7 @@ def slice_dense(
     setattr(new, names[1], int(rows.sum()))
     return new
 
-# %% ../nbs/12_extract.ipynb #e7959cc1
+# %% ../nbs/12_extract.ipynb #1b42fc2f
 class Rule:
     "How one node's channels depend on its inputs' (ours)"
 
@@ -124,9 +124,13 @@ class Rule:
         raise NotImplementedError
 
     def weights(self, kept: torch.Tensor | None, live: dict) -> "dict[str, KeptWeights]":
-        "Which of the layer's weights the `kept` channels use, by parameter name"
+        "Which of the node's weights the `kept` channels use, by parameter name"
         if self.layer is None: return {}
-        return {name: KeptWeights.whole(p) for name, p in self.layer.named_parameters()}
+        return self.of_layer({name: KeptWeights.whole(p) for name, p in self.layer.named_parameters()})
+
+    def of_layer(self, weights: "dict[str, KeptWeights]") -> "dict[str, KeptWeights]":
+        "Put the name of the layer before those of its parameters"
+        return {f"{self.node.meta['site']}.{name}": w for name, w in weights.items()}
 
 # %% ../nbs/12_extract.ipynb #27b7f6a2
 class Whole(Rule):
@@ -141,7 +145,7 @@ class Whole(Rule):
         new = out.copy(self.node, out.whole, copy.deepcopy(self.layer))
         return new if kept is None else out.narrow(new, torch.ones_like(kept), kept, unit_axis(self.node))
 
-# %% ../nbs/12_extract.ipynb #52cb7317
+# %% ../nbs/12_extract.ipynb #b23b9461
 class Channelwise(Rule):
     "Output channel i depends on input channel i alone (ours)"
 
@@ -163,10 +167,25 @@ class Channelwise(Rule):
 
     def weights(self, kept, live):
         if not self.has_channels(): return {}
-        return {n: KeptWeights(kept, None, 1, p[0].numel()) if len(p) == len(kept) else KeptWeights.whole(p)
-                for n, p in self.layer.named_parameters()}
+        return self.of_layer({n: KeptWeights.along(p, 0, kept) for n, p in self.layer.named_parameters()})
 
-# %% ../nbs/12_extract.ipynb #02d53b5f
+
+class Normalised(Channelwise):
+    "A function with one number per channel for each of its parameters: `F.batch_norm` and the like (ours)"
+
+    def parameters(self, kept) -> list[fx.Node]:
+        others = (s for s in self.node.all_input_nodes if s is not self.source)
+        return [s for s in others if s.op == "get_attr" and s.meta["shape"] == (len(kept),)]
+
+    def build(self, out, kept):
+        own = self.parameters(kept)
+        return out.copy(self.node, lambda s: out.take(s, kept) if s is self.source
+                        else out.take(s, kept, 0) if s in own else out.value(s))
+
+    def weights(self, kept, live):
+        return {s.target: KeptWeights.along(_constant(s), 0, kept) for s in self.parameters(kept)}
+
+# %% ../nbs/12_extract.ipynb #97e6dd49
 class Dense(Rule):
     "A linear layer or a convolution with one group (ours)"
 
@@ -192,13 +211,12 @@ class Dense(Rule):
         return out.copy(self.node, lambda s: x, slice_dense(self.layer, kept, columns))
 
     def weights(self, kept, live):
-        weight = self.layer.weight
-        factor = math.prod(weight.shape[2:])
+        factor = math.prod(self.layer.weight.shape[2:])
         found = {"weight": KeptWeights(kept, self.columns(live), 1, factor)}
         if self.layer.bias is not None: found["bias"] = KeptWeights(kept, None, 1, 1)
-        return found
+        return self.of_layer(found)
 
-# %% ../nbs/12_extract.ipynb #eded2160
+# %% ../nbs/12_extract.ipynb #e931fcd0
 class Grouped(Rule):
     "A convolution with more than one group and several inputs per group (ours)"
 
@@ -231,11 +249,10 @@ class Grouped(Rule):
         return out.narrow(new, torch.ones_like(slots), slots, 1)
 
     def weights(self, kept, live):
-        weight = self.layer.weight
-        factor = math.prod(weight.shape[2:])
+        factor = math.prod(self.layer.weight.shape[2:])
         found = {"weight": KeptWeights(kept, self.columns(kept, live), self.groups, factor)}
         if self.layer.bias is not None: found["bias"] = KeptWeights(kept, None, 1, 1)
-        return found
+        return self.of_layer(found)
 
 # %% ../nbs/12_extract.ipynb #03186d0b
 def _group_slots(mask: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -262,7 +279,7 @@ def _slice_grouped(layer, rows, real_rows, columns, real_columns) -> nn.Module:
     new.groups, new.in_channels, new.out_channels = len(rows), columns.numel(), rows.numel()
     return new
 
-# %% ../nbs/12_extract.ipynb #8512b96e
+# %% ../nbs/12_extract.ipynb #e6322ca3
 def _operand_axis(operand: fx.Node, node: fx.Node, axis: int) -> int | None:
     "Dimension of an operand that lies under the result's unit dimension; None if it is broadcast along it"
     shape, result = operand.meta["shape"], node.meta["shape"]
@@ -307,6 +324,10 @@ class Elementwise(Rule):
         return {s: mask for s, mask in found.items() if mask is None or mask.any()}
 
     def build(self, out, kept): return out.copy(self.node, lambda s: self.take(out, s, kept))
+
+    def weights(self, kept, live):
+        own = [s for s in self.operands if s.op == "get_attr" and self.spans(s, live)]
+        return {s.target: KeptWeights.along(_constant(s), _operand_axis(s, self.node, self.axis), kept) for s in own}
 
 # %% ../nbs/12_extract.ipynb #0a6a5382
 class Union(Elementwise):
@@ -391,7 +412,7 @@ class Fold(Rule):
         flat = out.graph.call_function(torch.flatten, (out.take(self.source, channels), self.axis, self.end))
         return out.narrow(flat, channels.repeat_interleave(self.factor), kept, self.axis)
 
-# %% ../nbs/12_extract.ipynb #20a73878
+# %% ../nbs/12_extract.ipynb #d5a3028b
 class Reshape(Channelwise):
     "`view`, `squeeze` and the like that only touch dimensions before or behind the units (ours)"
 
@@ -427,13 +448,16 @@ class Size(Rule):
 
 
 class Input(Rule):
-    "The network's input: never narrowed (ours)"
+    "The network's input, or a parameter that its code reads directly (ours)"
 
     def alive(self, live): return all_alive(self.node)
 
     def reads(self, kept, live): return {}
 
     def build(self, out, kept): return out.copy(self.node, out.value)
+
+    def weights(self, kept, live):  # not asked before the rules that use a part of it, since the plan goes backward
+        return {self.node.target: KeptWeights.whole(_constant(self.node))} if self.node.op == "get_attr" else {}
 
 # %% ../nbs/12_extract.ipynb #b826717a
 CHANNELWISE_LAYERS = (
@@ -550,7 +574,7 @@ def _is_shape(node: fx.Node) -> bool:  # `x.shape` or `x.size()`
     return (node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)
             or node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
-# %% ../nbs/12_extract.ipynb #840b59dd
+# %% ../nbs/12_extract.ipynb #33557166
 def rule_of(
     node: fx.Node,
     live: dict[fx.Node, Live | None],  # of the nodes before this one
@@ -570,6 +594,7 @@ def rule_of(
     if len(_tensors(node)) == 2 and "alpha" not in node.kwargs:
         if name in SUM_NAMES: return Union(node, live)
         if name in PRODUCT_NAMES: return Product(node, live)
+    if name in ("batch_norm", "instance_norm") and known and known.axis == 1: return Normalised(node)
     if known is None or len(_tensors(node)) > 1: return Whole(node)
     if plain_layer(layer, NORM_LAYERS): return Channelwise(node) if known.axis == 1 else Whole(node)
     if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 and known.axis != 1: return Whole(node)
@@ -668,7 +693,7 @@ def first_true(
     "The first entry of a mask alone (ours)"
     return mask & (mask.long().cumsum(0) == 1)
 
-# %% ../nbs/12_extract.ipynb #be108c3d
+# %% ../nbs/12_extract.ipynb #7160c00a
 class Builder:
     "Writes the smaller graph of a plan (ours)"
 
@@ -683,7 +708,8 @@ class Builder:
     def take(self, node: fx.Node, wanted: torch.Tensor, axis: int | None = None):
         "The wanted channels of a node; those it does not have are zeros"
         axis = self.live[node].axis if axis is None else axis
-        if node.op == "get_attr": return self.narrow(self.new[node], torch.ones_like(wanted), wanted, axis)
+        if node.op == "get_attr":
+            return self.graph.get_attr(self._register(node.target, _take_constant(node, wanted, axis)))
         have = self.kept[node]
         if not (wanted & ~have).any(): return self.narrow(self.new[node], have, wanted, axis)
         return self._place(self.new[node], have, wanted, axis)
@@ -738,6 +764,8 @@ class Builder:
             if node.op == "placeholder" and node not in self.kept: self.graph.placeholder(node.target)  # unused input
             if node in self.kept: self.new[node] = self.plan.rules[node].build(self, self.kept[node])
             if node.op == "output": self.graph.output(fx.map_arg(node.args[0], self._output))
+        for node in reversed(list(self.graph.nodes)):  # parameters of which only parts are used
+            if node.op == "get_attr" and not node.users: self.graph.erase_node(node)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, self.plan.graph.owning_module.__class__.__name__)
         module._non_persistent_buffers_set.update(self.indices)
@@ -755,6 +783,13 @@ def _constant(node: fx.Node):
     return nn.Parameter(copied, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else copied
 
 
+def _take_constant(node: fx.Node, wanted: torch.Tensor, axis: int):
+    "A part of the parameter or buffer that a node reads"
+    value = _constant(node)
+    part = _take(value.detach(), wanted, axis)
+    return nn.Parameter(part, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else part
+
+
 def spread(
     x: torch.Tensor,  # channels along `dim`
     dim: int,
@@ -767,7 +802,7 @@ def spread(
 
 fx.wrap("spread")
 
-# %% ../nbs/12_extract.ipynb #4f2d6a13
+# %% ../nbs/12_extract.ipynb #3ca8117c
 class KeptWeights(NamedTuple):
     "Which entries of one parameter a module uses (ours)"
     rows: torch.Tensor  # bool `[out]`
@@ -780,13 +815,19 @@ class KeptWeights(NamedTuple):
         rows = parameter.shape[0] if parameter.dim() else 1
         return cls(torch.ones(rows, dtype=torch.bool), None, 1, parameter.numel() // max(rows, 1))
 
+    @classmethod
+    def along(cls, parameter: torch.Tensor, dim: int, kept: torch.Tensor) -> "KeptWeights":
+        "Entries of the kept channels along one dimension; all, where the parameter has another size there"
+        if parameter.dim() <= dim or parameter.shape[dim] != len(kept): return cls.whole(parameter)
+        return cls(kept, None, 1, parameter.numel() // len(kept))
+
     def count(self) -> int:  # number of entries
         "How many weights are kept"
         rows = self.rows.view(self.groups, -1).sum(1)
         if self.columns is None: return int(rows.sum()) * self.factor
         return int((rows * self.columns.view(self.groups, -1).sum(1)).sum()) * self.factor
 
-# %% ../nbs/12_extract.ipynb #e18f419d
+# %% ../nbs/12_extract.ipynb #d4cfbe6e
 class Anatomy:
     "A network, traced once, of which any number of smaller ones can be made (ours)"
 
@@ -815,11 +856,10 @@ class Anatomy:
         "Which weights stay, by parameter name"
         plan, found = self.plan(keep, outputs), {}
         for node, kept in plan.kept.items():
-            for name, weights in plan.rules[node].weights(kept, plan.live).items():
-                found[f"{node.meta['site']}.{name}"] = weights
-            if node.op == "get_attr" and isinstance(constant := _constant(node), nn.Parameter):
-                found[str(node.target)] = KeptWeights.whole(constant)
-        return found
+            found |= {n: w for n, w in plan.rules[node].weights(kept, plan.live).items() if n not in found}
+        return {name: weights for name, weights in found.items() if not self._is_buffer(name)}
+
+    def _is_buffer(self, name: str) -> bool: return name in dict(self.traced.named_buffers())
 
     def masked(self, keep: dict[str, torch.Tensor]) -> fx.GraphModule:
         "The masked oracle"
