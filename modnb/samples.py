@@ -5,13 +5,16 @@
 # %% auto #0
 __all__ = ['draw_subtasks', 'read_sizes', 'draw_images']
 
-# %% ../nbs/52_samples.ipynb #1a2edc91
+# %% ../nbs/52_samples.ipynb #911c2508
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
 from random import Random
 
-from .data import Split, hold_out
+import torch
+from numpy.random import RandomState
+
+from .data import Split
 
 # %% ../nbs/52_samples.ipynb #b8f509aa
 def draw_subtasks(
@@ -35,7 +38,7 @@ def read_sizes(
     try: return sorted({int(word) for word in text.split(",") if word.strip()})
     except ValueError: raise ValueError(f"sizes must be whole numbers with commas, not {text!r}") from None
 
-# %% ../nbs/52_samples.ipynb #e1cbe353
+# %% ../nbs/52_samples.ipynb #7887e7a8
 def draw_images(
     split: Split,
     count: int,  # images wanted, about; 0: all of them
@@ -43,4 +46,9 @@ def draw_images(
 ) -> Split:  # at least one image of every class
     "Draw a part of a split, class by class (ours)"
     if not 0 < count < len(split): return split
-    return split.select(hold_out(split.labels.cpu(), count / len(split), seed, split.classes)[1])
+    random, labels, drawn = RandomState(seed), split.labels.cpu(), []
+    for index in labels.unique():
+        members = (labels == index).nonzero().flatten()
+        share = max(1, round(len(members) * count / len(split)))
+        drawn.append(members[random.permutation(len(members))[:share]])
+    return split.select(torch.cat(drawn).sort().values)

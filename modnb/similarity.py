@@ -17,20 +17,23 @@ import torch
 from torch import Tensor
 from torch.nn.functional import threshold
 
-# %% ../nbs/13_similarity.ipynb #a718d63f
+# %% ../nbs/13_similarity.ipynb #9e405dc3
+def _blocks(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.block_diag(*(torch.ones(width, 1, dtype=dtype, device=device) for width in widths))
+
 @lru_cache(maxsize=32)
 def _indicator(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     with torch.inference_mode(False), torch.no_grad(): # fit for training, wherever it is first asked for
-        return torch.block_diag(*(torch.ones(width, 1, dtype=dtype, device=device) for width in widths))
+        return _blocks(widths, dtype, device)
 
-@torch.compiler.assume_constant_result # for torch.compile, which does not look into caches
 def layer_indicator(
     widths: Sequence[int], # units of each layer, `L` numbers with sum `K`
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor: # [K, L], 1 where the column belongs to the layer, else 0; shared between calls, not to be written to
     "Tell which column of the concatenated layers belongs to which layer (ours)."
-    return _indicator(tuple(widths), dtype, torch.device(device))
+    make = _blocks if torch.compiler.is_compiling() else _indicator # torch.compile does not look into caches
+    return make(tuple(widths), dtype, torch.device(device))
 
 # %% ../nbs/13_similarity.ipynb #498444db
 SHORTEST = 1e-12 # rows of this length or below count as zero rows

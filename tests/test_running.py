@@ -350,3 +350,5 @@ def test_a_part_of_the_images_keeps_the_shares():
     shares = train.labels.bincount() * 200 / len(train)
     assert abs(len(part) - 200) <= 5 and (part.labels.bincount() - shares).abs().max() <= 1
     assert draw_images(train, len(train)) is train and draw_images(train, 0) is train
+    assert len(draw_images(train, len(train) - 1)) >= len(train) - 10 and len(draw_images(train, 1)) == 10
+    assert len(draw_images(train.select(train.labels == 3), 20)) == 20, "classes without images are left alone"
