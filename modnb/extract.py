@@ -329,9 +329,9 @@ class Elementwise(Rule):
         own = [s for s in self.operands if s.op == "get_attr" and self.spans(s, live)]
         return {s.target: KeptWeights.along(_constant(s), _operand_axis(s, self.node, self.axis), kept) for s in own}
 
-# %% ../nbs/12_extract.ipynb #0a6a5382
+# %% ../nbs/12_extract.ipynb #53b9075a
 class Union(Elementwise):
-    "A sum, or anything else that is alive where one operand is (ours; alignment with zeros as in MwT Fig. 3-d)"
+    "A sum or difference: alive where one operand is (ours; alignment with zeros as in MwT Fig. 3-d)"
 
     def alive(self, live): return Live(self.axis, torch.stack(list(self.masks(live).values())).any(0))
 
