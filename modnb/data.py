@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'FOLDER_LAYOUT', 'choose', 'whole_number', 'class_index', 'class_indices', 'pick_device',
-           'normalise', 'crop_flip', 'Split', 'ImageData', 'draw_augmentation', 'iterate', 'batches', 'hold_out',
-           'resize', 'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source', 'register_dataset',
-           'list_datasets', 'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar', 'cifar10', 'cifar100',
-           'svhn', 'read_image', 'subfolders', 'image_files', 'read_folder', 'folder', 'find_data', 'split_valid',
-           'load_dataset']
+           'normalise', 'crop_flip', 'Split', 'images_per_class', 'ImageData', 'draw_augmentation', 'iterate',
+           'batches', 'hold_out', 'resize', 'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source',
+           'register_dataset', 'list_datasets', 'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar',
+           'cifar10', 'cifar100', 'svhn', 'read_image', 'subfolders', 'image_files', 'read_folder', 'folder',
+           'find_data', 'split_valid', 'load_dataset']
 
 # %% ../nbs/00_data.ipynb #cc05dec8
 import hashlib
@@ -165,6 +165,18 @@ class Split:
         renumbered[kept] = torch.arange(len(kept), device=self.device)
         labels = renumbered[self.labels]
         return replace(self, labels=labels, classes=[self.classes[index] for index in kept]).select(labels >= 0)
+
+# %% ../nbs/00_data.ipynb #20234fea
+def images_per_class(
+    split: Split,
+) -> Tensor: # [C], float32, on the split's device
+    "Count the images of every class; ValueError naming classes without any (ours)."
+    sizes = torch.bincount(split.labels, minlength=len(split.classes))
+    absent = [name for name, size in zip(split.classes, sizes.tolist()) if not size]
+    if absent:
+        raise ValueError(f"no images of {', '.join(absent)}, so what these classes use is unknown; "
+                         "take split.subtask(classes) with a model for these classes, or add images")
+    return sizes.float()
 
 # %% ../nbs/00_data.ipynb #bde7ee8f
 @dataclass
