@@ -2,6 +2,7 @@
 # into .venv, from settings.ini. `make PYTHON=/path/to/python3.12` chooses the interpreter.
 
 JOBS ?= 2
+RUNS ?= $(CURDIR)/runs
 BIN := .venv/bin
 PYTHON ?= $(shell for p in python3.11 python3.12 python3; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && echo $$p && break; done)
@@ -39,19 +40,18 @@ help:
 
 demo: .venv/.ready
 	$(call say,'training and taking apart: study demo of nbs/experiments/matrix.yaml')
-	@$(BIN)/snakemake -s nbs/experiments/Snakefile --config study=demo --cores $(JOBS) --keep-going --rerun-incomplete --nolock \
-		--quiet rules host reason
+	@$(BIN)/snakemake -s nbs/experiments/Snakefile --config study=demo runs=$(RUNS) --cores $(JOBS) --keep-going \
+		--rerun-incomplete --nolock --quiet rules host reason
 	$(call say,'the table')
-	@$(BIN)/python -m modnb.running nbs/experiments/demo_report.ipynb runs/demo/report.ipynb -p runs runs/demo >/dev/null
-	@cat runs/demo/report.txt
+	@cat $(RUNS)/demo/report.txt
 
 # Measured anew: finished runs of an older version of the package would count as done.
 results: .venv/.ready
-	rm -rf runs/demo
-	@$(MAKE) --no-print-directory demo
+	rm -rf runs/fresh
+	@$(MAKE) --no-print-directory demo RUNS=$(CURDIR)/runs/fresh
 	$(call say,'results/demo.csv$(comma) nbs/images/masks.png and the README from this demo')
-	cp runs/demo/rows.csv results/demo.csv
-	cp runs/demo/masks.png nbs/images/masks.png
+	cp runs/fresh/demo/all_rows.csv results/demo.csv
+	cp runs/fresh/demo/masks.png nbs/images/masks.png
 	$(BIN)/python docs/build.py refresh
 	$(BIN)/python docs/build.py readme
 

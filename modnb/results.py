@@ -4,14 +4,12 @@
 
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'SPLITS', 'UNITS', 'METRICS', 'WHOLE', 'COMPOSED', 'processor_name',
-           'hardware_name', 'git', 'code_version', 'canonical', 'config_hash', 'describe_run', 'class_set',
-           'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows', 'summarise',
-           'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'hardware_name', 'git', 'code_version', 'describe_run', 'class_set', 'count_classes', 'make_rows',
+           'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'summarise', 'spread_text',
+           'compare', 'markdown_table', 'compare_systems']
 
-# %% ../nbs/60_results.ipynb #3de64046
+# %% ../nbs/60_results.ipynb #a233711f
 import csv
-import hashlib
-import json
 import math
 import platform
 import subprocess
@@ -25,11 +23,12 @@ import torch
 
 import modnb
 from .files import atomic_path
+from .running import canonical, config_hash
 
-# %% ../nbs/60_results.ipynb #9e88f3e0
+# %% ../nbs/60_results.ipynb #77fbcb7e
 Frame = Any  # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
 
-# %% ../nbs/60_results.ipynb #dba4f521
+# %% ../nbs/60_results.ipynb #818e4013
 FIELDS = {  # column -> (type, meaning)
     "run": (str, "one trained network: its study and the name of the run in it"),
     "study": (str, "the runs that belong together in a table"),
@@ -45,36 +44,46 @@ FIELDS = {  # column -> (type, meaning)
     "seconds": (float, "wall time of the measurement; empty: not taken"),
     "hardware": (str, "processor or GPU, and threads"),
     "code_version": (str, "version of this package, commit, and `.dirty` for uncommitted changes"),
-    "config": (str, "JSON object of all settings but the seed"),
+    "config": (str, "JSON object of all settings but the seed; in a file only where its hash appears first"),
     "config_hash": (str, "first ten digits of the SHA-256 of `config`: equal settings, equal hash"),
     "torch": (str, "version of PyTorch"),
     "date": (str, "when, in UTC, as ISO 8601"),
 }
 
-# %% ../nbs/60_results.ipynb #ce5ed25a
+# %% ../nbs/60_results.ipynb #318515e7
 MAY_BE_EMPTY = ("value", "split", "seconds")
 SPLITS = ("train", "valid", "test", "")
 UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "milliseconds", "ratio")
 
-# %% ../nbs/60_results.ipynb #a51f76b1
+# %% ../nbs/60_results.ipynb #7efa82af
 METRICS = {  # metric -> (unit, meaning)
     "accuracy": ("fraction", "of the whole network, among the classes of the row"),
-    "composed_accuracy": ("fraction", "of the network composed for the classes, without fine-tuning"),
+    "composed_accuracy": ("fraction", "of the network composed for the classes, as it is cut out"),
+    "with_generators_accuracy": ("fraction", "MwT: the same, with its mask generators kept"),
+    "folded_accuracy": ("fraction", "MwT: mean soft masks folded in, over the images that have the kernel on"),
+    "folded_mean_accuracy": ("fraction", "MwT: mean soft masks folded in, over all images of the classes"),
+    "folded_renormalised_accuracy": ("fraction", "MwT: the first of these, then normalisation measured anew"),
+    "renormalised_accuracy": ("fraction", "of the composed network, its normalisation measured anew, nothing trained"),
+    "tuned_accuracy": ("fraction", "of the composed network after fine-tuning"),
     "composed_size": ("fraction", "weights of the composed network / of the whole one"),
     "composed_flops": ("fraction", "multiply-adds of the composed network / of the whole one"),
     "kernel_retention": ("fraction", "kept / all kernels of the convolutions, mean over the classes of the row"),
+    "masked_retention": ("fraction", "kept / all units that the masks speak of, mean over the classes of the row"),
     "module_size": ("fraction", "weights of one class's module / of the network, mean over the classes of the row"),
     "overlap": ("fraction", "weights that two modules share / of the network, mean over pairs"),
     "coupling": ("fraction", "Jaccard similarity of two modules' units, mean over pairs"),
     "cohesion": ("fraction", "Jaccard similarity of two samples' units, mean over pairs of a class"),
+    "empty_masks": ("count", "layers without a unit that reaches the threshold, over all classes"),
     "parameters": ("count", "weights and biases of the whole network"),
+    "modularizing_time": ("seconds", "wall time of finding the masks of a trained network"),
+    "tuning_time": ("seconds", "wall time of fine-tuning one composed network"),
     "training_time": ("seconds", "wall time of the training, without loading data"),
     "step_time": ("milliseconds", "median wall time of one optimiser step"),
     "latency": ("milliseconds", "median wall time of one forward pass of the whole network"),
     "composed_latency": ("milliseconds", "the same for the composed network"),
 }
 
-# %% ../nbs/60_results.ipynb #e5c703c4
+# %% ../nbs/60_results.ipynb #fec1aff1
 def processor_name() -> str:  # the processor, as the system calls it
     "Name the processor of this computer (ours)"
     try: lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -82,7 +91,7 @@ def processor_name() -> str:  # the processor, as the system calls it
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine() or "unknown processor"
 
-# %% ../nbs/60_results.ipynb #570b714e
+# %% ../nbs/60_results.ipynb #93927396
 def hardware_name(
     device: torch.device | str | None = None,  # None: the CPU
 ) -> str:  # the GPU, or the processor and the number of threads PyTorch uses
@@ -92,7 +101,7 @@ def hardware_name(
     if device.type != "cpu": return f"{processor_name()}, {device.type}"
     return f"{processor_name()}, {torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}"
 
-# %% ../nbs/60_results.ipynb #c4223acc
+# %% ../nbs/60_results.ipynb #b8db47e9
 def git(
     *words: str,  # a command of git and its arguments
 ) -> str:  # what it printed; empty if there is no git, or the package is in no checkout
@@ -101,7 +110,7 @@ def git(
     try: return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
     except (OSError, subprocess.SubprocessError): return ""
 
-# %% ../nbs/60_results.ipynb #ee517a58
+# %% ../nbs/60_results.ipynb #f2ab11d3
 def code_version() -> str:  # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     "Name the version of the code that is running (ours)"
     tracked = git("ls-files", "--error-unmatch", "__init__.py")
@@ -109,21 +118,7 @@ def code_version() -> str:  # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkou
     if not commit: return modnb.__version__
     return f"{modnb.__version__}+g{commit}{'.dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}"
 
-# %% ../nbs/60_results.ipynb #e8f70180
-def canonical(
-    config: Mapping[str, Any],  # settings, plain values
-) -> str:  # JSON, keys sorted, no spaces
-    "Write settings in one way only, so that equal settings are equal text (ours)"
-    return json.dumps(dict(config), sort_keys=True, separators=(",", ":"))
-
-
-def config_hash(
-    config: Mapping[str, Any],  # settings, plain values
-) -> str:  # ten hexadecimal digits
-    "Condense settings to a short name (ours)"
-    return hashlib.sha256(canonical(config).encode()).hexdigest()[:10]
-
-# %% ../nbs/60_results.ipynb #c3498e9e
+# %% ../nbs/60_results.ipynb #d2334438
 def describe_run(
     study: str,  # the runs that belong together
     system: str,  # e.g. "plain", "moda"
@@ -143,7 +138,7 @@ def describe_run(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
-# %% ../nbs/60_results.ipynb #bc64b1c0
+# %% ../nbs/60_results.ipynb #68ba4387
 def class_set(
     classes: Sequence[str] | None,  # class names; None: every class of the dataset
 ) -> str:  # e.g. "cat|dog", "all"
@@ -159,7 +154,7 @@ def count_classes(
     "Count the classes of a class set (ours)"
     return 0 if classes == "all" else classes.count("|") + 1
 
-# %% ../nbs/60_results.ipynb #9b059611
+# %% ../nbs/60_results.ipynb #1b346798
 def make_rows(
     run: Mapping[str, Any],  # from `describe_run`
     values: Mapping[str, float | None],  # metric -> number; None: not measured
@@ -175,11 +170,12 @@ def make_rows(
         near = get_close_matches(name, known, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ValueError(f"no unit for the metric {name!r}: give it in `units`.{hint}")
-    common = {"classes": class_set(classes), "split": split, "seconds": seconds}
-    rows = [{"metric": name, "value": value, "unit": known[name]} for name, value in values.items()]
+    short = lambda number, digits: None if number is None else float(f"{number:.{digits}g}")
+    common = {"classes": class_set(classes), "split": split, "seconds": short(seconds, 4)}
+    rows = [{"metric": name, "value": short(value, 9), "unit": known[name]} for name, value in values.items()]
     return [{field: (dict(run) | common | row)[field] for field in FIELDS} for row in rows]
 
-# %% ../nbs/60_results.ipynb #a1c92036
+# %% ../nbs/60_results.ipynb #b0c8b123
 def check_row(
     row: Mapping[str, Any],  # one row
     number: int,  # for the message, from 1
@@ -200,7 +196,7 @@ def check_row(
     for field, known in (("unit", UNITS), ("split", SPLITS)):
         if row[field] not in known: refuse(field, f"is {row[field]!r}, not one of {', '.join(map(repr, known))}")
 
-# %% ../nbs/60_results.ipynb #5978ecbf
+# %% ../nbs/60_results.ipynb #fe124b2b
 def write_rows(
     path: str | Path,  # CSV file; its folder is made, an older file is replaced
     rows: Iterable[Mapping[str, Any]],  # from `make_rows`, or read from another file
@@ -211,10 +207,14 @@ def write_rows(
     with atomic_path(path) as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
         writer.writeheader()
-        for row in rows: writer.writerow({f: "" if row[f] != row[f] else row[f] for f in FIELDS})
+        told = set()
+        for row in rows:
+            known = {"config": ""} if row["config_hash"] in told else {}
+            told.add(row["config_hash"])
+            writer.writerow({f: "" if row[f] != row[f] else row[f] for f in FIELDS} | known)
     return Path(path)
 
-# %% ../nbs/60_results.ipynb #b9401cad
+# %% ../nbs/60_results.ipynb #00fa9c5d
 def rows_files(
     paths: str | Path | Iterable[str | Path],  # files, or folders that are searched for rows*.csv
 ) -> list[Path]:  # in alphabetical order
@@ -226,7 +226,7 @@ def rows_files(
     if not files: raise ValueError(f"no rows*.csv below {', '.join(map(str, paths)) or 'no path at all'}")
     return files
 
-# %% ../nbs/60_results.ipynb #9ad708f5
+# %% ../nbs/60_results.ipynb #3d91db8f
 def parse_row(
     row: Mapping[str, str],  # field -> text
 ) -> dict[str, Any]:  # field -> value; an empty number is None; text stays where it is no number
@@ -238,7 +238,7 @@ def parse_row(
         except ValueError: pass
     return parsed
 
-# %% ../nbs/60_results.ipynb #a0c1a75d
+# %% ../nbs/60_results.ipynb #34fe13c3
 def read_rows(
     paths: str | Path | Iterable[str | Path],  # files, or folders that are searched for rows*.csv
 ) -> Frame:  # columns `FIELDS`; a number that was not measured is NaN
@@ -248,13 +248,28 @@ def read_rows(
     rows = []
     for path in rows_files(paths):
         with path.open(newline="", encoding="utf-8") as file:
+            told = {}
             for number, row in enumerate(map(parse_row, csv.DictReader(file)), 1):
+                if row.get("config_hash"): row["config"] = told.setdefault(row["config_hash"], row.get("config"))
                 try: check_row(row, number)
                 except ValueError as error: raise ValueError(f"{path}: {error}") from None
                 rows.append(row)
     return pandas.DataFrame(rows, columns=list(FIELDS)).astype({"value": float, "seconds": float, "seed": int})
 
-# %% ../nbs/60_results.ipynb #a39834e9
+# %% ../nbs/60_results.ipynb #9ceca2a4
+def read_study(
+    folder: str | Path,  # of one study, below the folder of all runs
+) -> Frame:  # rows of its stages, and of the training of the networks that they examined
+    "Read all rows of a study; `ValueError` where there is none (ours)"
+    import pandas
+
+    folder = Path(folder)
+    stages = read_rows(sorted(folder.glob("*/*/rows.csv")) or [folder/"CELL/STAGE/rows.csv"])
+    files = [folder.parent/"networks"/run/"rows_train.csv" for run in dict.fromkeys(stages["run"])]
+    trained = read_rows(files).assign(study=folder.name)
+    return pandas.concat([trained, stages], ignore_index=True)
+
+# %% ../nbs/60_results.ipynb #eb124c8b
 def summarise(
     rows: Frame,  # from `read_rows`
     by: Sequence[str] = ("study", "system", "model", "dataset", "metric"),  # columns that name one line of the table
@@ -271,7 +286,7 @@ def summarise(
     table = runs.groupby([*by, "unit"], sort=False)["value"].agg(["mean", "std", "count", "min", "max"])
     return table.rename(columns={"std": "sd", "count": "n"}).reset_index()
 
-# %% ../nbs/60_results.ipynb #463b20e4
+# %% ../nbs/60_results.ipynb #163a4143
 def spread_text(
     mean: float,  # NaN: not measured
     low: float,  # smallest
@@ -285,7 +300,7 @@ def spread_text(
     texts = [form(mean), form(low), form(high)]
     return texts[0] + ending if len(set(texts)) == 1 else f"{texts[0]} [{texts[1]} {texts[2]}]{ending}"
 
-# %% ../nbs/60_results.ipynb #837c69f4
+# %% ../nbs/60_results.ipynb #d554a3b2
 def compare(
     rows: Frame,  # from `read_rows`
     lines: Sequence[tuple[str, str, int]],  # (label, metric, number of classes; 0: all)
@@ -304,7 +319,7 @@ def compare(
     cells = [[text.get((metric, size, name), "") for name in names] for _, metric, size in lines]
     return pandas.DataFrame(cells, index=[label for label, _, _ in lines], columns=names)
 
-# %% ../nbs/60_results.ipynb #d0e2bbc2
+# %% ../nbs/60_results.ipynb #391890b6
 def markdown_table(
     frame: Frame,  # of text; the index holds the labels
     corner: str = "",  # heading of the labels
@@ -314,7 +329,7 @@ def markdown_table(
     body = [[str(label), *map(str, cells)] for label, cells in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
-# %% ../nbs/60_results.ipynb #ff968438
+# %% ../nbs/60_results.ipynb #45901623
 WHOLE = {  # metric -> label, of the network and its modules
     "accuracy": "accuracy",
     "kernel_retention": "kernels kept by a class",
@@ -325,11 +340,14 @@ WHOLE = {  # metric -> label, of the network and its modules
 }
 COMPOSED = {  # metric -> label, for each size of sub-task
     "accuracy": "whole network",
-    "composed_accuracy": "composed, no tuning",
+    "composed_accuracy": "composed, as cut out",
+    "with_generators_accuracy": "composed, with mask generators",
+    "renormalised_accuracy": "composed, normalisation measured anew",
+    "tuned_accuracy": "composed and fine-tuned",
     "composed_size": "size of the composed",
 }
 
-# %% ../nbs/60_results.ipynb #4665773a
+# %% ../nbs/60_results.ipynb #5c7ff62d
 def compare_systems(
     rows: Frame,  # from `read_rows`
 ) -> Frame:  # text; one column for each system
@@ -337,4 +355,5 @@ def compare_systems(
     sizes = sorted(set(rows.loc[rows["metric"] == "composed_accuracy", "classes"].map(count_classes)))
     lines = [(label, metric, 0) for metric, label in WHOLE.items()]
     lines += [(f"{size} classes: {label}", metric, size) for size in sizes for metric, label in COMPOSED.items()]
-    return compare(rows[rows["split"] != "valid"], lines)
+    table = compare(rows[rows["split"] != "valid"], lines)
+    return table[(table != "").any(axis=1)]  # a line that no system has says nothing

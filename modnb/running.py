@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['ANY', 'PLAIN', 'declared_parameters', 'check_names', 'check_types', 'is_injected', 'declaring_cell',
            'check_parameters', 'parameters_cell', 'notebook_parameters', 'read_value', 'NotebookFailed',
-           'kernel_settings', 'run_notebook', 'main']
+           'kernel_settings', 'run_notebook', 'canonical', 'config_hash', 'main']
 
-# %% ../nbs/50_running.ipynb #0ff4c6e7
+# %% ../nbs/50_running.ipynb #2d56334c
 import ast
+import hashlib
 import json
 import os
 import shutil
@@ -20,11 +21,11 @@ from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
-# %% ../nbs/50_running.ipynb #fe95657a
+# %% ../nbs/50_running.ipynb #79e73da9
 ANY = type("Any value", (), {"__repr__": lambda self: "ANY"})()  # default of a parameter whose type is left open
 PLAIN = (bool, int, float, str, type(None))  # what a parameter may be: scalars that fit in a shell command
 
-# %% ../nbs/50_running.ipynb #fdb7f4e5
+# %% ../nbs/50_running.ipynb #a71b06fa
 def declared_parameters(
     source: str,  # text of a cell
 ) -> dict[str, Any]:  # name -> default, `ANY` where it is no literal; empty if the cell does more than assign names
@@ -43,7 +44,7 @@ def declared_parameters(
         declared |= {target.id: default for target in targets}
     return declared
 
-# %% ../nbs/50_running.ipynb #c4a185dc
+# %% ../nbs/50_running.ipynb #fa366b74
 def check_names(
     given: Iterable[str],  # names that values were given for
     declared: Iterable[str],  # names that exist
@@ -57,7 +58,7 @@ def check_names(
         hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(declared) or 'none'}.")
 
-# %% ../nbs/50_running.ipynb #f7137c7a
+# %% ../nbs/50_running.ipynb #a80d94c2
 def check_types(
     values: Mapping[str, Any],  # name -> value
     declared: Mapping[str, Any],  # name -> default, of the type that is wanted
@@ -71,14 +72,14 @@ def check_types(
         raise ValueError(f"parameter {name!r} is {value!r} ({found.__name__}), "
                          f"but its default {default!r} is of type {wanted.__name__}.")
 
-# %% ../nbs/50_running.ipynb #601f04ad
+# %% ../nbs/50_running.ipynb #4a36cd7c
 def is_injected(
     source: str,  # text of a cell
 ) -> bool:
     "Tell whether papermill wrote this cell (ours)"
     return source.lstrip().split("\n", 1)[0].strip() == "# Parameters"
 
-# %% ../nbs/50_running.ipynb #67616842
+# %% ../nbs/50_running.ipynb #d17b5503
 def declaring_cell(
     history: Sequence[str],  # the text of every cell run so far, without the present one
 ) -> tuple[str, str]:  # text of the parameters cell, text of the injected cell; empty where there is none
@@ -88,7 +89,7 @@ def declaring_cell(
     plain = lambda source: (declared := declared_parameters(source)) and ANY not in declared.values()
     return next(filter(plain, reversed(history)), ""), ""
 
-# %% ../nbs/50_running.ipynb #728bce9b
+# %% ../nbs/50_running.ipynb #04076524
 def check_parameters(
     history: Sequence[str],  # IPython's `In`
     namespace: Mapping[str, Any],  # the notebook's `globals()`
@@ -103,7 +104,7 @@ def check_parameters(
     check_types(values, declared)
     return values
 
-# %% ../nbs/50_running.ipynb #6a013aee
+# %% ../nbs/50_running.ipynb #cc59bb65
 def parameters_cell(
     path: str | Path,  # a notebook
 ) -> str:  # text of the cell tagged `parameters`
@@ -115,14 +116,14 @@ def parameters_cell(
         if "parameters" in cell.get("metadata", {}).get("tags", []): return "".join(cell["source"])
     raise ValueError(f"{path} has no cell tagged 'parameters', so nothing can be set from outside")
 
-# %% ../nbs/50_running.ipynb #0659fe52
+# %% ../nbs/50_running.ipynb #a7e779fd
 def notebook_parameters(
     path: str | Path,  # a notebook
 ) -> dict[str, Any]:  # name -> default
     "Read the declared parameters of a notebook file; `ValueError` as `parameters_cell` (ours)"
     return declared_parameters(parameters_cell(path))
 
-# %% ../nbs/50_running.ipynb #49a63b2e
+# %% ../nbs/50_running.ipynb #dc3ea3fc
 def read_value(
     text: str,  # as typed
     default: Any,  # decides the type
@@ -134,11 +135,11 @@ def read_value(
     try: return ast.literal_eval(text)
     except (ValueError, SyntaxError): return text
 
-# %% ../nbs/50_running.ipynb #ac254e4d
+# %% ../nbs/50_running.ipynb #e733cfe7
 class NotebookFailed(RuntimeError):
     "A cell of a notebook raised; the message names the cell, the error and where the executed notebook is (ours)"
 
-# %% ../nbs/50_running.ipynb #bc44ce02
+# %% ../nbs/50_running.ipynb #73aaf62e
 def kernel_settings(
     folder: str | Path,  # private to this kernel; short, because a socket's path is limited to about 100 characters
 ) -> dict[str, Any]:  # settings of jupyter_client's `KernelManager`; empty for its default, TCP
@@ -147,7 +148,7 @@ def kernel_settings(
     if os.name == "nt" or len(os.fsencode(address)) > 90: return {}
     return {"transport": "ipc", "ip": address, "connection_file": address + ".json"}
 
-# %% ../nbs/50_running.ipynb #5c82fdc2
+# %% ../nbs/50_running.ipynb #ab4cf21c
 def run_notebook(
     path: str | Path,  # a notebook with a cell tagged `parameters`
     output: str | Path,  # the executed notebook, written after every cell; its folder is made
@@ -178,7 +179,21 @@ def run_notebook(
     finally: shutil.rmtree(private, ignore_errors=True)
     return output
 
-# %% ../nbs/50_running.ipynb #e576aa95
+# %% ../nbs/50_running.ipynb #de812891
+def canonical(
+    config: Mapping[str, Any],  # settings, plain values
+) -> str:  # JSON, keys sorted, no spaces
+    "Write settings in one way only, so that equal settings are equal text (ours)"
+    return json.dumps(dict(config), sort_keys=True, separators=(",", ":"))
+
+
+def config_hash(
+    config: Mapping[str, Any],  # settings, plain values
+) -> str:  # ten hexadecimal digits
+    "Condense settings to a short name (ours)"
+    return hashlib.sha256(canonical(config).encode()).hexdigest()[:10]
+
+# %% ../nbs/50_running.ipynb #88328743
 def main(
     arguments: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit code
@@ -203,7 +218,7 @@ def main(
         return 1 if isinstance(error, NotebookFailed) else 2
     return 0
 
-# %% ../nbs/50_running.ipynb #9b488a75
+# %% ../nbs/50_running.ipynb #b576e9c1
 if __name__ == "__main__" and "__file__" in globals():  # in a notebook there is no file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that a stopped runner stops its kernel and tidies up
     sys.exit(main())

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['draw_subtasks', 'read_sizes', 'draw_images']
 
-# %% ../nbs/52_samples.ipynb #911c2508
+# %% ../nbs/52_samples.ipynb #3c66e460
 from collections.abc import Sequence
 from itertools import combinations
 from math import comb
@@ -16,7 +16,7 @@ from numpy.random import RandomState
 
 from .data import Split
 
-# %% ../nbs/52_samples.ipynb #b8f509aa
+# %% ../nbs/52_samples.ipynb #b5525ac2
 def draw_subtasks(
     classes: Sequence[str],  # class names, `C` of them, in order
     size: int,  # classes of a sub-task, 1 to `C`
@@ -30,7 +30,7 @@ def draw_subtasks(
     while len(drawn) < count: drawn[tuple(sorted(random.sample(range(len(classes)), size)))] = None
     return [[classes[index] for index in chosen] for chosen in drawn]
 
-# %% ../nbs/52_samples.ipynb #2e56d9a8
+# %% ../nbs/52_samples.ipynb #ead2193b
 def read_sizes(
     text: str,  # numbers with commas, e.g. "2,3,5"
 ) -> list[int]:  # ascending, each once
@@ -38,7 +38,7 @@ def read_sizes(
     try: return sorted({int(word) for word in text.split(",") if word.strip()})
     except ValueError: raise ValueError(f"sizes must be whole numbers with commas, not {text!r}") from None
 
-# %% ../nbs/52_samples.ipynb #7887e7a8
+# %% ../nbs/52_samples.ipynb #31cceb0b
 def draw_images(
     split: Split,
     count: int,  # images wanted, about; 0: all of them

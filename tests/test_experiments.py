@@ -11,11 +11,12 @@ import pytest
 
 from modnb.masks import ModuleMasks
 from modnb.matrix import check_cells, read_matrix, study_cells
-from modnb.results import compare_systems, read_rows
-from modnb.running import NotebookFailed, run_notebook
+from modnb.results import compare_systems, read_rows, read_study
+from modnb.running import NotebookFailed, notebook_parameters, run_notebook
 from modnb.samples import draw_subtasks
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
+NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))
 TRAIN, MODULARIZE, REPORT = (EXPERIMENTS / f"{name}.ipynb" for name in ("train", "modularize", "demo_report"))
 SNAKEMAKE = [str(Path(sys.executable).parent / "snakemake"), "-s", EXPERIMENTS / "Snakefile", "--cores", "2"]
 STUDIES = read_matrix(EXPERIMENTS / "matrix.yaml")
@@ -30,7 +31,7 @@ def snakemake(folder: Path, *words: str) -> subprocess.CompletedProcess:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     "A small modular network, trained by the notebook"
-    out = tmp_path_factory.mktemp("study") / "moda-small"
+    out = tmp_path_factory.mktemp("runs") / "networks/moda-small"
     run_notebook(TRAIN, out / "train.ipynb", SMALL | {"system": "moda", "out": str(out), "study": "study", "seed": 3})
     return out
 
@@ -42,7 +43,7 @@ def test_training_leaves_rows_weights_and_history(trained):
     rows = read_rows(trained / "rows_train.csv").set_index("metric")
     assert set(rows.index) == {"accuracy", "training_time", "step_time", "parameters"}
     assert rows.loc["accuracy", "split"] == "test" and 0 <= rows.loc["accuracy", "value"] <= 1
-    assert (rows["run"] == "study/moda-small").all() and (rows["system"] == "moda").all() and (rows["seed"] == 3).all()
+    assert (rows["run"] == "moda-small").all() and (rows["system"] == "moda").all() and (rows["seed"] == 3).all()
     config = json.loads(rows["config"].iloc[0])
     assert SMALL.items() <= config.items() and config["dispersion"] == 1.0
     assert not {"seed", "root", "out", "device", "study"} & set(config), "settings that do not decide the result"
@@ -52,24 +53,55 @@ def test_training_leaves_rows_weights_and_history(trained):
 
 
 def test_taking_apart_and_reporting(trained):
-    run_notebook(MODULARIZE, trained / "modularize.ipynb", {"run": str(trained), "sizes": "2,3", "latency_runs": 2})
-    rows = read_rows(trained / "rows_modularize.csv")
+    study = trained.parents[1] / "mine"
+    out = study / "moda-small-seed3/modularize"
+    settings = {"run": str(trained), "out": str(out), "study": "mine", "sizes": "2,3", "latency_runs": 2}
+    run_notebook(MODULARIZE, out / "modularize.ipynb", settings)
+    rows = read_rows(out / "rows.csv")
     counts = rows.groupby("metric").size().to_dict()
-    assert counts == {"accuracy": 4, "composed_accuracy": 4, "composed_size": 4, "composed_flops": 4, "latency": 2,
-                      "composed_latency": 2, "kernel_retention": 11, "module_size": 11, "overlap": 1, "coupling": 1,
-                      "cohesion": 1}
-    assert (rows["run"] == "study/moda-small").all() and rows["value"].notna().all()
+    assert counts == {"accuracy": 4, "composed_accuracy": 4, "renormalised_accuracy": 4, "composed_size": 4,
+                      "composed_flops": 4, "latency": 2, "composed_latency": 2, "kernel_retention": 11,
+                      "module_size": 11, "masked_retention": 1, "overlap": 1, "coupling": 1, "cohesion": 1, "modularizing_time": 1}
+    assert (rows["run"] == "moda-small").all() and (rows["study"] == "mine").all() and rows["value"].notna().all()
     subtasks = [draw_subtasks([str(digit) for digit in range(10)], size, 2) for size in (2, 3)]
     composed = rows[rows.metric == "composed_accuracy"].classes
     assert list(composed) == ["|".join(classes) for drawn in subtasks for classes in drawn], "whatever the run's seed"
     assert rows[rows.metric == "composed_size"]["value"].between(0.01, 1).all()
-    assert len(ModuleMasks.load(trained / "masks.safetensors").classes) == 10
-    run_notebook(REPORT, trained.parent / "report.ipynb", {"runs": str(trained.parent), "seed": 3})
-    text = (trained.parent / "report.txt").read_text()
-    table = compare_systems(read_rows([trained / "rows_train.csv", trained / "rows_modularize.csv"]))
+    assert len(ModuleMasks.load(out / "masks.safetensors").classes) == 10
+    run_notebook(REPORT, study / "report.ipynb", {"runs": str(study), "seed": 3})
+    text = (study / "report.txt").read_text()
+    table = compare_systems(read_study(study))
     assert all(label in text and cell in text for label, cell in table["moda"].items())
-    assert (trained.parent / "masks.png").stat().st_size < 300_000
-    assert len(read_rows(trained.parent / "rows.csv")) == len(rows) + 4
+    assert (study / "masks.png").stat().st_size < 300_000
+    assert len(read_rows(study / "all_rows.csv")) == len(rows) + 4
+
+
+def test_modules_of_mwt_are_those_of_its_generators(tmp_path):
+    network, study = tmp_path / "networks/mwt-small", tmp_path / "mine"
+    settings = {"system": "mwt", "w_coupling": 3.0, "epochs": 3, "record": True, "valid": 0.1}
+    run_notebook(TRAIN, network / "train.ipynb", SMALL | settings | {"out": str(network)})
+    history = json.loads((network / "history.json").read_text())
+    assert {"sample_cohesion", "sample_coupling", "used_kernels", "valid_accuracy"} <= set(history[-1])
+    few = {"run": str(network), "study": "mine", "sizes": "2,4", "subtasks_per_size": 2}
+    stages = {"modularize": {}, "mwt_reuse": {"tune_epochs": 1}, "thresholds": {"thresholds": "0.1,0.5,0.9"}}
+    rows = {}
+    for stage, settings in stages.items():
+        out = study / "mwt-small-seed0" / stage
+        run_notebook(EXPERIMENTS / f"{stage}.ipynb", out / f"{stage}.ipynb", few | settings | {"out": str(out)})
+        rows[stage] = read_rows(out / "rows.csv")
+    both = ["classes", "metric"]
+    same = {stage: rows[stage][rows[stage].metric == "composed_accuracy"].set_index(both).value for stage in stages}
+    assert same["modularize"].equals(same["mwt_reuse"]), "two notebooks, one definition"
+    at = rows["thresholds"].config.map(lambda text: json.loads(text)["keep_threshold"])
+    found = rows["thresholds"][at == 0.9].set_index(both).value
+    assert found[same["modularize"].index].equals(same["modularize"])
+    kept = rows["thresholds"][rows["thresholds"].metric == "masked_retention"].value.tolist()
+    assert kept[0] > kept[-1], "a higher threshold keeps less"
+    run_notebook(EXPERIMENTS / "mwt_report.ipynb", study / "report.ipynb", {"runs": str(study)})
+    text = (study / "report.txt").read_text()
+    assert all(f"RQ{number}" in text for number in (1, 2, 3, 4))
+    assert {"figure5.png", "figure6.png", "thresholds.png", "reuse.png"} <= {p.name for p in study.iterdir()}
+    assert json.loads((study / "histories.json").read_text())["mwt-small"][-1]["epoch"] == 3
 
 
 def test_kept_rows_say_what_decided_them():
@@ -77,10 +109,11 @@ def test_kept_rows_say_what_decided_them():
     configs = {system: json.loads(part.config.iloc[0]) for system, part in rows.groupby("system")}
     assert "dispersion" in configs["moda"] and "dispersion" not in configs["plain"], "ordinary training does not use it"
     tested = rows[rows.metric == "composed_accuracy"].groupby("run").classes.agg(" ".join)
-    assert len(tested) == 6 and tested.nunique() == 1, "the same sub-tasks for every system and seed"
+    assert len(tested) == 3 * rows.system.nunique()
+    assert tested.nunique() == 1, "the same sub-tasks for every system and seed"
 
 
-@pytest.mark.parametrize("notebook", [TRAIN, MODULARIZE, REPORT], ids=lambda p: p.stem)
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda p: p.stem)
 def test_misspelt_parameters_stop_any_runner(notebook, tmp_path):
     with pytest.raises(ValueError, match="no parameter 'sed'"): run_notebook(notebook, tmp_path / "x.ipynb", {"sed": 1})
     papermill = [str(Path(sys.executable).parent / "papermill"), "--no-progress-bar", "-p", "sed", "1"]
@@ -92,7 +125,7 @@ def test_misspelt_parameters_stop_any_runner(notebook, tmp_path):
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
-    message = "no system 'modular'; there is plain, moda"
+    message = "no system 'modular'; there is plain, moda, mwt"
     with pytest.raises(NotebookFailed, match=message):
         run_notebook(TRAIN, tmp_path / "train.ipynb", {"system": "modular", "out": str(tmp_path)})
     assert message in (tmp_path / "train.ipynb").read_text() and not (tmp_path / "rows_train.csv").exists()
@@ -103,11 +136,24 @@ def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
 
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_study_can_be_planned(study, tmp_path):
-    cells = study_cells(STUDIES, study)
-    check_cells(cells, TRAIN, MODULARIZE)
+    cells = study_cells(STUDIES, study, notebook_parameters(TRAIN))
+    check_cells(cells, EXPERIMENTS)
     planned = snakemake(tmp_path, "-n", "--config", f"study={study}", f"runs={tmp_path / 'runs'}")
     assert planned.returncode == 0, planned.stderr
-    for cell in cells: assert f"{cell.folder}/rows_modularize.csv" in planned.stdout + planned.stderr
+    for cell in cells:
+        assert f"networks/{cell.network}/rows_train.csv" in planned.stdout + planned.stderr
+        for stage in cell.stages: assert f"{study}/{cell.name}/{stage}/rows.csv" in planned.stdout + planned.stderr
+
+
+def test_studies_share_their_networks(tmp_path):
+    (tmp_path / "matrix.yaml").write_text("""studies:
+      a: {vary: {seed: [0, 1]}, train: {epochs: 1}, stages: {modularize: {}}}
+      b: {vary: {seed: [1, 2]}, train: {epochs: 1}, stages: {thresholds: {}}}""")
+    words = ["study=all", f"matrix={tmp_path / 'matrix.yaml'}", f"runs={tmp_path / 'runs'}"]
+    planned = snakemake(tmp_path, "-n", "--config", *words)
+    assert planned.returncode == 0, planned.stderr
+    counts = [line.split() for line in planned.stdout.splitlines()]
+    assert ["train", "3"] in counts and ["stage", "4"] in counts, "three networks for four cells"
 
 
 @pytest.mark.parametrize("matrix, study, message", [
@@ -129,10 +175,10 @@ def quick_runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quick runs")
     shutil.copy(EXPERIMENTS / "Snakefile", folder)
     parameters = {"train": "out = ''  # folder\nstudy = ''  # name\nsystem = ''  # name\nseed = 0  # number",
-                  "modularize": "run = ''  # folder\nnote = ''  # text"}
-    write = "for name in {0}: (Path({1}) / name).write_text({2})"
-    work = {"train": "1 / (2 - seed)\n" + write.format(["rows_train.csv", "model.safetensors"], "out", "''"),
-            "modularize": write.format(["rows_modularize.csv", "masks.safetensors"], "run", "note")}
+                  "look": "run = ''  # folder\nout = ''  # folder\nstudy = ''  # name\nnote = ''  # text"}
+    write = "for name in {0}: (Path(out) / name).write_text({1})"
+    work = {"train": "1 / (2 - seed)\n" + write.format(["rows_train.csv", "model.safetensors"], "''"),
+            "look": write.format(["rows.csv"], "note")}
     for name in parameters:
         sources = ["from pathlib import Path", parameters[name], work[name]]
         cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [], "execution_count": None,
@@ -141,20 +187,21 @@ def quick_runs(tmp_path_factory) -> Path:
         content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
         (folder / f"{name}.ipynb").write_text(json.dumps(content))
     (folder / "matrix.yaml").write_text(
-        "studies: {a: {vary: {seed: [0, 2]}, train: {system: x}, modularize: {note: it's a \"note\" with $HOME}}}")
+        "studies: {a: {vary: {seed: [0, 2]}, train: {system: x}, stages: {look: {note: it's a \"note\" with $HOME}}}}")
     return folder
 
 
 def test_a_failing_cell_keeps_its_notebook_and_the_others_go_on(quick_runs, tmp_path):
     words = ["-s", quick_runs / "Snakefile", "--config", "study=a", f"runs={tmp_path / 'my runs'}"]
     ran = snakemake(tmp_path, *words, "--keep-going")
-    good, bad = tmp_path / "my runs/a/x-seed0", tmp_path / "my runs/a/x-seed2"
+    runs = tmp_path / "my runs"
+    good, bad = next((runs / "networks").glob("x-*-seed0")), next((runs / "networks").glob("x-*-seed2"))
     assert ran.returncode == 1
-    assert (good / "rows_modularize.csv").read_text() == "it's a \"note\" with $HOME"
+    assert (runs / "a/x-seed0/look/rows.csv").read_text() == "it's a \"note\" with $HOME"
     for kept in ("train.ipynb", "train.log"): assert "ZeroDivisionError" in (bad / kept).read_text()
-    assert not (bad / "rows_train.csv").exists() and not (bad / "rows_modularize.csv").exists()
-    (good / "masks.safetensors").unlink()
+    assert not (bad / "rows_train.csv").exists() and not (runs / "a/x-seed2/look/rows.csv").exists()
+    (runs / "a/x-seed0/look/rows.csv").unlink()
     planned = snakemake(tmp_path, *words, "-n").stdout
     made = "".join(line for line in planned.splitlines() if line.strip().startswith("output:"))
-    assert "x-seed0/masks.safetensors" in made, "a deleted file is made again"
-    assert "x-seed0/model.safetensors" not in made and "x-seed2/model.safetensors" in made, "what is finished is kept"
+    assert "x-seed0/look/rows.csv" in made, "a deleted file is made again"
+    assert f"{good.name}/model" not in made and f"{bad.name}/model" in made, "what is finished is kept"
