@@ -125,6 +125,13 @@ def test_misspelt_parameters_stop_any_runner(notebook, tmp_path):
     assert not later, "nothing ran behind the check"
 
 
+def test_cohesion_benchmark_compares_equals(tmp_path):
+    small = {"images": 600, "units": 50, "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "speed_cohesion.ipynb", tmp_path / "speed.ipynb", small)
+    rows = read_rows(tmp_path / "rows.csv").set_index("metric")
+    assert set(rows.index) == {"cohesion_time", "loop_time_extrapolated"} and (rows.value >= 0).all()
+
+
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
     message = "no system 'modular'; there is plain, moda, mwt"
     with pytest.raises(NotebookFailed, match=message):
