@@ -22,6 +22,7 @@ setup(
     keywords=project["keywords"],
     packages=find_packages(include=["modnb", "modnb.*"]),
     include_package_data=True,
+    package_data={"modnb": project["package_data"].split()},
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
     extras_require={"dev": project["dev_requirements"].split()},
