@@ -64,6 +64,13 @@ class Objective:
         "Wrap the network so that the forward pass returns what the loss looks at."
         return Unobserved(model)
 
+    def start_epoch(
+        self,
+        epoch: int, # 1 for the first
+        epochs: int, # of the whole run, those before a resumption included
+    ) -> None:
+        "Hear which epoch begins; what is kept of it must follow from these two numbers, and be private."
+
     def __call__(
         self,
         logits: Tensor, # `[B, C]`, float32
@@ -713,6 +720,7 @@ def run_epochs(
     steps = count_steps(len(train), settings.batch_size, settings.drop_last)
     with progress_bar(settings, steps, done, progress) as bar:
         for epoch in range(done + 1, settings.epochs + 1):
+            objective.start_epoch(epoch, settings.epochs)
             row = run_epoch(network, objective, optimizer, train, settings, epoch, bar.update)
             due = settings.evaluate_every and (epoch % settings.evaluate_every == 0 or epoch == settings.epochs)
             if due and len(valid): row["valid_accuracy"] = evaluate(model, valid, precision=settings.precision)

@@ -450,6 +450,15 @@ def test_batch_modularity_equals_a_loop(labels, seed):
         assert found[name].item() == pytest.approx(sum(pairs[same]) / max(1, len(pairs[same])))
 
 
+def test_recording_passes_on_which_epoch_begins():
+    class Listening(CrossEntropy):
+        def start_epoch(self, epoch, epochs): self._heard = (epoch, epochs)
+
+    objective = Listening()
+    Recording(objective).start_epoch(3, 8)
+    assert objective._heard == (3, 8)
+
+
 # Reuse
 
 

@@ -374,6 +374,47 @@ def test_a_run_stopped_by_an_error_goes_on(few, tmp_path, knobs, channels_last):
     assert all(value.is_contiguous() for value in resumed.state_dict().values())
 
 
+class Grows(CrossEntropy):
+    "Cross-entropy that begins at nothing and notes which epochs it hears of."
+
+    def __init__(self, stops=99):
+        super().__init__()
+        self._heard, self._batches, self._stops = [], [], stops
+
+    def start_epoch(self, epoch, epochs):
+        if epoch == self._stops: raise RuntimeError("stopped")
+        self._heard.append((epoch, epochs))
+        self._batches.append(0)
+        self._now = (epoch - 1) / epochs
+
+    def __call__(self, logits, labels, observed):
+        self._batches[-1] += 1
+        loss, terms = super().__call__(logits, labels, observed)
+        return self._now * loss, terms
+
+
+def test_an_objective_hears_of_each_epoch_before_its_batches(few):
+    objective, model = Grows(), make_net()
+    history = train(model, few, objective, epochs=3)
+    assert objective._heard == [(1, 3), (2, 3), (3, 3)] and objective._batches == [4, 4, 4]
+    for row in history.rows:
+        assert row["loss"] == pytest.approx((row["epoch"] - 1) / 3 * row["cross_entropy"], rel=1e-5)
+    assert Objective().start_epoch(1, 3) is None and repr(objective) == repr(Grows())
+
+
+@pytest.mark.parametrize("stops", [2, 4])
+def test_a_loss_that_changes_goes_on_where_it_was(few, tmp_path, stops):
+    stopped, whole, resumed, path = make_net(), make_net(), make_net(7), tmp_path / "run.ckpt"
+    with pytest.raises(RuntimeError, match="stopped"): train(stopped, few, Grows(stops), checkpoint=path)
+    objective = Grows()
+    history = train(resumed, few, objective, checkpoint=path)
+    assert objective._heard == [(epoch, 4) for epoch in range(stops, 5)]
+    undisturbed = train(whole, few, Grows())
+    assert same(resumed, whole) and without_time(history) == without_time(undisturbed)
+    again = Grows(1)
+    assert train(make_net(), few, again, checkpoint=path) == history and not again._heard
+
+
 def test_a_finished_run_is_loaded_and_not_trained(few, tmp_path):
     first, second = make_net(), make_net(1)
     history = train(first, few, StopsIn(99, 4), checkpoint=tmp_path / "run.ckpt")

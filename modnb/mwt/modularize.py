@@ -164,6 +164,14 @@ class Recording(Objective):
         prepared = self._objective.prepare(model, example)
         return prepared if isinstance(self._objective, MwT) else observe_use(model, example)
 
+    def start_epoch(
+        self,
+        epoch: int, # 1 for the first
+        epochs: int, # of the whole run
+    ) -> None:
+        "Tell the objective which epoch begins."
+        self._objective.start_epoch(epoch, epochs)
+
     def __call__(
         self,
         logits: Tensor, # [B, C]
