@@ -576,7 +576,7 @@ def test_the_measured_studies_are_small():
         assert list(found) == list(TABLES)
         shown = pandas.concat(cells(table) for table in found.values())
         assert (shown.differs != "").all() and shown.inside.isna().all()
-        if set(rows.system) & {"plain", "moda", "mwt", "cnnsplitter"}: assert len(shown), f"{path.name} is shown nowhere"
+        assert len(shown) or not set(rows.system) & {"plain", "moda", "mwt", "cnnsplitter"}, f"{path.name} is not shown"
 
 
 # Text
