@@ -98,15 +98,17 @@ def compose_parallel(
     composer = Composer(model, masks, example)
     return ParallelModules([composer([c]) for c in class_indices(classes, masks.classes)])
 
-# %% ../nbs/15_compose.ipynb #01fda85d
+# %% ../nbs/15_compose.ipynb #5e00b3b0
 def copy_module(
     module: nn.Module,  # from `compose`, or `ParallelModules` of such
 ) -> nn.Module:  # independent of `module`
     "Copy a composed model, with its classes and what a file of it needs (ours)"
     twin = copy.deepcopy(module)
     for name, part in module.named_modules():
+        new = twin.get_submodule(name)
+        new._non_persistent_buffers_set = {*part._non_persistent_buffers_set}
         for attribute in ("classes", "keep", "recipe"):
-            if hasattr(part, attribute): setattr(twin.get_submodule(name), attribute, getattr(part, attribute))
+            if hasattr(part, attribute): setattr(new, attribute, getattr(part, attribute))
     return twin
 
 # %% ../nbs/15_compose.ipynb #1318b240

@@ -182,7 +182,7 @@ def patch(
     device = next((p.device for p in weak.parameters()), split.device)
     return Patched(weak, module, classes, targets, low.clone(), high.clone(), clip, translate).to(device)
 
-# %% ../../nbs/24_cnnsplitter_patch.ipynb #ec87183a
+# %% ../../nbs/24_cnnsplitter_patch.ipynb #9c5cd22d
 def save_patched(
     patched: Patched,
     path: str | Path,
@@ -204,6 +204,7 @@ def load_patched(
     device: str | torch.device = "cpu",
 ) -> Patched:
     "Read what `save_patched` wrote; raises `UnreadableFile`, and ValueError where an architecture is missing (ours)."
+    import modnb.cnnsplitter.weak  # noqa: F401, so that its simple networks are in the registry
     tensors, header = load_tensors(path, "patched network")
     if weak is None: weak = registered(header["weak"], path, "load_patched(path, weak=...)")
     module = unpack_module(below(tensors, "module/"), header["module"], path, strong, "load_patched(path, strong=...)")
