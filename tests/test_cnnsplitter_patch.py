@@ -1,6 +1,7 @@
 "CNNSplitter's using part: modules side by side, metrics of one class, patching, weak networks and their data."
 
 import functools
+from pathlib import Path
 
 import pytest
 import torch
@@ -38,9 +39,12 @@ from modnb.files import UnreadableFile
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops, other_accuracy, precision_recall
 from modnb.models import create_model
+from modnb.results import read_rows
+from modnb.running import run_notebook
 from modnb.training import Settings, fit, predict
 from modnb.units import unit_sites
 
+EXPERIMENT = Path(__file__).parents[1] / "nbs/experiments/cnnsplitter_patch.ipynb"
 CLASSES = [f"class {c}" for c in range(10)]
 MODELS = ["vgg12", "resnet18", "rescnn"]
 
@@ -589,3 +593,26 @@ def test_bad_training():
                                  ("simple_rescnn", {"convolutions": 2}, "3 or 4"),
                                  ("simple_rescnn", {"kernel_size": 4}, "odd")]:
         with pytest.raises(ValueError, match=match): create_model(name, **options)
+
+
+# The experiment
+
+
+def test_the_experiment_leaves_rows_that_its_files_repeat(tmp_path):
+    small = {"strong_epochs": 2, "strong_limit": 300, "weak_epochs": 2, "targets": "1,4", "range_by": "quantile",
+             "kinds": "simple,underfitting", "seed": 2}
+    run_notebook(EXPERIMENT, tmp_path / "run.ipynb", small | {"out": str(tmp_path)})
+    rows = read_rows(tmp_path / "rows_cnnsplitter_patch.csv")
+    table = rows.set_index(["run", "classes", "metric"])["value"]
+    names = [prefix + n for prefix in ("", "patched_") for n in ("precision", "recall", "f1", "other_accuracy")]
+    for kind in ("simple", "underfitting"):
+        run = f"trial/{tmp_path.name}/{kind}"
+        for target in ("1", "4"):
+            assert {*table[run][target].index} == {*names, "module_size"}
+            patched = load_patched(tmp_path / f"patched-{target}-{kind}.safetensors")
+            test = weak_data(load_dataset("digits", device="cpu"), ["5", "6", "7", "8", "9"], target, 0.1, seed=2).test
+            again = precision_recall(predict(patched, test), test.labels, 5)
+            assert again["recall"] == pytest.approx(table[run][target]["patched_recall"])
+    assert len(ModuleMasks.load(tmp_path / "masks.safetensors").classes) == 5
+    with pytest.raises(ValueError, match="no parameter 'target'. Did you mean 'targets'"):
+        run_notebook(EXPERIMENT, tmp_path / "bad.ipynb", {"target": "1"})
