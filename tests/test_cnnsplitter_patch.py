@@ -602,9 +602,9 @@ def test_the_experiment_leaves_rows_that_its_files_repeat(tmp_path):
     small = {"strong_epochs": 2, "strong_limit": 300, "weak_epochs": 2, "targets": "1,4", "range_by": "quantile",
              "kinds": "simple,underfitting", "seed": 2}
     run_notebook(EXPERIMENT, tmp_path / "run.ipynb", small | {"out": str(tmp_path)})
-    rows = read_rows(tmp_path / "rows_cnnsplitter_patch.csv")
+    rows = read_rows(tmp_path / "rows.csv")
     table = rows.set_index(["run", "classes", "metric"])["value"]
-    names = [prefix + n for prefix in ("", "patched_") for n in ("precision", "recall", "f1", "other_accuracy")]
+    names = [prefix + n for prefix in ("weak_", "patched_") for n in ("precision", "recall", "f1", "other_accuracy")]
     for kind in ("simple", "underfitting"):
         run = f"trial/{tmp_path.name}/{kind}"
         for target in ("1", "4"):
