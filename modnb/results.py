@@ -55,7 +55,7 @@ MAY_BE_EMPTY = ("value", "split", "seconds")
 SPLITS = ("train", "valid", "test", "")
 UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "milliseconds", "ratio")
 
-# %% ../nbs/60_results.ipynb #7efa82af
+# %% ../nbs/60_results.ipynb #aeca65f0
 METRICS = {  # metric -> (unit, meaning)
     "accuracy": ("fraction", "of the whole network, among the classes of the row"),
     "composed_accuracy": ("fraction", "of the network composed for the classes, as it is cut out"),
@@ -67,6 +67,15 @@ METRICS = {  # metric -> (unit, meaning)
     "tuned_accuracy": ("fraction", "of the composed network after fine-tuning"),
     "composed_size": ("fraction", "weights of the composed network / of the whole one"),
     "composed_flops": ("fraction", "multiply-adds of the composed network / of the whole one"),
+    "subtasks": ("count", "sub-tasks behind the means of the row's run"),
+    "subtasks_trunks": ("count", "different networks among theirs, but for the outputs"),
+    "subtasks_accuracy": ("fraction", "of the whole network on a sub-task, mean over them"),
+    "subtasks_composed_accuracy": ("fraction", "of the composed networks, as they are cut out, mean over sub-tasks"),
+    "subtasks_composed_size": ("fraction", "weights of a composed network / of the whole one, mean over sub-tasks"),
+    "subtasks_composed_flops": ("fraction", "multiply-adds of the same / of the whole one, mean over sub-tasks"),
+    "subtasks_largest_loss": ("percentage points", "accuracy lost by composing, in the worst sub-task"),
+    "weak_target_accuracy": ("fraction", "of a weak network on images of the class that a strong one is to help with"),
+    "patched_target_accuracy": ("fraction", "the same, with the strong network's module in its place"),
     "kernel_retention": ("fraction", "kept / all kernels of the convolutions, mean over the classes of the row"),
     "masked_retention": ("fraction", "kept / all units that the masks speak of, mean over the classes of the row"),
     "module_size": ("fraction", "weights of one class's module / of the network, mean over the classes of the row"),

@@ -297,7 +297,7 @@ def test_experiment_on_replacement(tmp_path):
     parameters = {"out": str(tmp_path), "targets": "1", "strong_epochs": 2, "weak_epochs": 4, "underfit_epoch": 1,
                   "overfit_epoch": 4, "adaptation_epochs": "2", "study": "small"}
     run_notebook(EXPERIMENTS / "moda_replacement.ipynb", tmp_path / "x.ipynb", parameters)
-    rows = read_rows(tmp_path / "rows_moda_replacement.csv")
+    rows = read_rows(tmp_path / "rows.csv")
     assert len(rows) == 6 * 2 * 2 * 2 and set(rows.classes) == {"5|6|7|8|9|1"} and set(rows.split) == {"test"}
     settings = [json.loads(text) for text in rows.config]
     assert {(s["weak_type"], s["inputs"], s["fed_with"]) for s in settings} == {
@@ -312,7 +312,7 @@ def test_experiment_on_subtasks(tmp_path):
     run_notebook(EXPERIMENTS / "train.ipynb", tmp_path / "train.ipynb", small)
     run_notebook(EXPERIMENTS / "moda_subtasks.ipynb", tmp_path / "x.ipynb", {
         "run": str(tmp_path), "per_size": 2, "rows_of_each": True})
-    rows, lists = read_rows(tmp_path / "rows_moda_subtasks.csv"), json.loads((tmp_path / "subtasks.json").read_text())
+    rows, lists = read_rows(tmp_path / "rows.csv"), json.loads((tmp_path / "subtasks.json").read_text())
     count = 2 * 8 + 1
     assert len(rows) == 7 + 4 * count and len(lists["subtasks"]) == count and set(rows.system) == {"plain"}
     each = rows[rows.metric == "composed_accuracy"]
