@@ -55,7 +55,7 @@ MAY_BE_EMPTY = ("value", "split", "seconds")
 SPLITS = ("train", "valid", "test", "")
 UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "milliseconds", "ratio")
 
-# %% ../nbs/60_results.ipynb #aeca65f0
+# %% ../nbs/60_results.ipynb #59ddc6b5
 METRICS = {  # metric -> (unit, meaning)
     "accuracy": ("fraction", "of the whole network, among the classes of the row"),
     "composed_accuracy": ("fraction", "of the network composed for the classes, as it is cut out"),
@@ -83,6 +83,7 @@ METRICS = {  # metric -> (unit, meaning)
     "coupling": ("fraction", "Jaccard similarity of two modules' units, mean over pairs"),
     "cohesion": ("fraction", "Jaccard similarity of two samples' units, mean over pairs of a class"),
     "empty_masks": ("count", "layers without a unit that reaches the threshold, over all classes"),
+    "search_time": ("seconds", "wall time of importance, sensitivity and all generations of a search"),
     "parameters": ("count", "weights and biases of the whole network"),
     "modularizing_time": ("seconds", "wall time of finding the masks of a trained network"),
     "tuning_time": ("seconds", "wall time of fine-tuning one composed network"),

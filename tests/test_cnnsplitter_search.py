@@ -1,0 +1,360 @@
+"""CNNSplitter's tournament and genetic search against literal forms, and after a kill."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from references import set_jaccard
+
+from modnb.cnnsplitter.importance import group_kernels, kernel_importance
+from modnb.cnnsplitter.outputs import ModuleRunner, composed_logits
+from modnb.cnnsplitter.search import (
+    PAPER,
+    RELEASED,
+    Rules,
+    breed,
+    by_fitness,
+    crossover,
+    draw_groups,
+    evaluate_population,
+    initial_population,
+    redraw,
+    search,
+)
+from modnb.cnnsplitter.tournament import jaccard_distances, threshold_for, tournament
+from modnb.data import load_dataset
+from modnb.masks import ModuleMasks
+from modnb.models import create_model
+from modnb.training import fit
+
+# The tournament, one call for each combination
+
+
+def call(outputs, labels, members) -> float:
+    "Accuracy of a combination {class: individual, ...}, columns in this order, on images of its classes"
+    classes = list(members)
+    right = images = 0
+    for n, label in enumerate(labels.tolist()):
+        if label not in classes: continue
+        column = [outputs[c, i, n].item() for c, i in members.items()]
+        right, images = right + (classes[column.index(max(column))] == label), images + 1
+    return right / images
+
+
+def distance(kernels, members) -> float:
+    rows = [kernels[c, i] for c, i in members.items()]
+    pairs = [1 - set_jaccard(a, b) for at, a in enumerate(rows) for b in rows[at + 1:]]
+    return sum(pairs) / len(pairs)
+
+
+def literal_tournament(outputs, labels, kernels, order, weights, fewest, most, thresholds, best):
+    groups = [[{c: i} for i in range(outputs.shape[1])] for c in order]
+    while len(groups) > 1:
+        following = []
+        for at in range(0, len(groups), 2):
+            if at + 1 == len(groups):
+                following.append(groups[at])
+                continue
+            tested = []
+            for a in groups[at]:
+                for b in groups[at + 1]: tested.append((call(outputs, labels, a | b), a | b))
+            limit = threshold_for(len(tested[0][1]), thresholds)
+            tested.sort(key=lambda pair: -pair[0]) # stable
+            enough = sum(accuracy >= limit - 1e-9 for accuracy, _ in tested)
+            kept = tested[:min(max(enough, fewest), most)]
+            if best is not None:
+                favourite = next(pair for pair in tested if all(pair[1][c] == best[c] for c in pair[1]))
+                if favourite not in kept: kept.append(favourite)
+            fit = lambda pair: round(weights[0] * pair[0] + weights[1] * distance(kernels, pair[1]), 12)
+            kept.sort(key=lambda pair: -fit(pair))
+            following.append([members for _, members in kept])
+        groups = following
+    return [(call(outputs, labels, members), distance(kernels, members), members) for members in groups[0]]
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 10**6), st.integers(2, 11), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
+def test_tournament_equals_one_call_for_each_combination(seed, classes, individuals, levels, favourite, paper):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(classes), torch.randint(classes, (classes,), generator=random)])
+    labels = labels[torch.randperm(len(labels), generator=random)]
+    outputs = torch.randint(levels + 1, (classes, individuals, len(labels)), generator=random).float() # many ties
+    kernels = torch.rand(classes, individuals, 9, generator=random) < 0.6
+    order = torch.randperm(classes, generator=random).tolist()
+    fewest, most = (3, 3) if paper else (1, 4)
+    thresholds = ((2, 0.7), (4, 0.5), (10, 0.3))
+    best = torch.randint(individuals, (classes,), generator=random).tolist() if favourite else None
+    found = tournament(outputs, labels, kernels, order, 0.93, 0.1, fewest, most, thresholds, best)
+    slow = literal_tournament(outputs, labels, kernels, order, (0.93, 0.1), fewest, most, thresholds, best)
+    assert found.accuracy.tolist() == pytest.approx([accuracy for accuracy, _, _ in slow])
+    assert found.difference.tolist() == pytest.approx([difference for _, difference, _ in slow])
+    scores = [0.93 * accuracy + 0.1 * difference for accuracy, difference, _ in slow]
+    assert found.scores.tolist() == pytest.approx(scores)
+    fitness = torch.zeros(classes, individuals, dtype=torch.float64)
+    for score, (_, _, members) in zip(scores, slow):
+        for c, i in members.items(): fitness[c, i] = max(fitness[c, i].item(), score)
+    torch.testing.assert_close(found.fitness, fitness)
+    for members, accuracy in zip(found.members.tolist(), found.accuracy.tolist()): # members are in the order of classes
+        assert call(outputs, labels, {c: members[c] for c in order}) == pytest.approx(accuracy)
+    if best is not None: assert best in found.members.tolist()
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40))
+def test_distances_equal_sets(seed, block):
+    random = torch.Generator().manual_seed(seed)
+    first, second = torch.rand(3, 2, 17, generator=random) < 0.4, torch.rand(3, 4, 17, generator=random) < 0.4
+    table = jaccard_distances(first.float(), second.float())
+    for t in range(3):
+        for i in range(2):
+            for j in range(4): assert table[t, i, j].item() == pytest.approx(1 - set_jaccard(first[t, i], second[t, j]))
+
+
+def test_blocks_do_not_matter():
+    from modnb.cnnsplitter.tournament import count_pairs
+
+    first, second = torch.randint(4, (7, 50)).float(), torch.randint(4, (5, 50)).float()
+    slow = (first[:, None] >= second[None]).sum(2).float()
+    for block in (1, 6, 64, 10_000): assert torch.equal(count_pairs(torch.ge, first, second, block), slow)
+
+
+def test_tournament_refuses_bad_arguments():
+    outputs, labels, kernels = torch.rand(3, 4, 9), torch.arange(9) % 3, torch.rand(3, 4, 5) < 0.5
+    fine = lambda **changes: tournament(**({"outputs": outputs, "labels": labels, "kernels": kernels} | changes))
+    fine()
+    for message, changes in {
+            "fewest": {"fewest": 0}, "most": {"fewest": 9, "most": 8},
+            "thresholds": {"thresholds": ((4, 0.5), (2, 0.5))},
+            "images of every class": {"labels": torch.zeros(9).long()}, "order": {"order": [0, 0, 1]},
+            "best": {"best": [0, 0, 4]}, "finite": {"outputs": outputs / 0}, r"\[C, I, N\]": {"labels": labels[1:]},
+            "two classes": {"outputs": outputs[:1], "kernels": kernels[:1], "labels": labels * 0}}.items():
+        with pytest.raises(ValueError, match=message): fine(**changes)
+
+
+# Operators
+
+
+def test_order_of_fitness_is_a_reversed_stable_sort():
+    for seed in range(20):
+        fitness = torch.randint(3, (2, 7), generator=torch.Generator().manual_seed(seed)).float()
+        slow = [sorted(range(7), key=lambda i: row[i].item())[::-1] for row in fitness]
+        assert by_fitness(fitness).tolist() == slow
+
+
+def test_crossover_and_mutation_equal_loops():
+    random = torch.Generator().manual_seed(0)
+    first, second = (torch.rand(2, 5, 9, generator=random) < 0.5 for _ in range(2))
+    cuts = torch.randint(9, (2, 5), generator=random)
+    genes = torch.rand(2, 5, 9, generator=random).topk(3, 2).indices
+    values = torch.randint(2, (2, 5, 3), generator=random).bool()
+    crossed, changed = crossover(first, second, cuts), redraw(first, genes, values)
+    for c in range(2):
+        for k in range(5):
+            cut, expected = int(cuts[c, k]), first[c, k].tolist()
+            assert crossed[c, k].tolist() == first[c, k, :cut].tolist() + second[c, k, cut:].tolist()
+            for gene, value in zip(genes[c, k].tolist(), values[c, k].tolist()): expected[gene] = value
+            assert changed[c, k].tolist() == expected
+
+
+def test_breeding_without_mutation_is_crossover_alone():
+    "Every child is the head of one parent and the tail of the next in order of fitness"
+    random = torch.Generator().manual_seed(0)
+    population, fitness = torch.rand(3, 10, 30, generator=random) < 0.5, torch.rand(3, 10, generator=random)
+    rules = Rules(individuals=10, parents=4, elites=3, mutation_rate=0.0)
+    after = breed(population, fitness, rules, random)
+    for c in range(3):
+        ordered = [population[c, i].tolist() for i in fitness[c].argsort(descending=True).tolist()]
+        assert after[c, :3].tolist() == ordered[:3]
+        for k, child in enumerate(after[c, 3:].tolist()):
+            a, b = ordered[k % 4], ordered[(k + 1) % 4]
+            assert any(child == a[:cut] + b[cut:] for cut in range(30)), f"child {k} of class {c}"
+
+
+def test_two_children_share_their_parents():
+    random = torch.Generator().manual_seed(0)
+    population, fitness = torch.rand(2, 9, 30, generator=random) < 0.5, torch.rand(2, 9, generator=random)
+    rules = replace(PAPER, individuals=9, parents=4, mutation_rate=0.0, fewest=5, most=5)
+    after = breed(population, fitness, rules, random)
+    assert after.shape == population.shape
+    for c in range(2):
+        parents = [population[c, i].tolist() for i in fitness[c].argsort(descending=True).tolist()[:4]]
+        children = [{(i, j, cut) for i, a in enumerate(parents) for j, b in enumerate(parents) if i != j
+                     for cut in range(30) if child == a[:cut] + b[cut:]} for child in after[c].tolist()]
+        assert all(children)
+        for one, two in zip(children[0:8:2], children[1:8:2]): assert {(j, i, cut) for i, j, cut in one} & two
+
+
+@pytest.mark.parametrize("mutation, rate, expected", [("flip", 0.1, 0.1), ("redraw", 0.1, 0.05)])
+def test_rate_of_mutation(mutation, rate, expected):
+    population = torch.zeros(1, 400, 100, dtype=torch.bool)
+    rules = Rules(individuals=400, parents=2, elites=1, mutation=mutation, mutation_rate=rate)
+    after = breed(population, torch.zeros(1, 400), rules, torch.Generator().manual_seed(0))[:, 1:]
+    assert after.float().mean().item() == pytest.approx(expected, abs=0.01)
+    if mutation == "redraw": assert after.sum(2).max() <= 10
+
+
+@given(st.integers(0, 10**6), st.integers(1, 40), st.sets(st.sampled_from([0.1, 0.29, 0.5, 0.7, 1.0]), min_size=1))
+def test_shares_of_the_first_generation(seed, genes, shares):
+    drawn = draw_groups(genes, [*shares], 0.1, (2, 15), torch.Generator().manual_seed(seed))
+    allowed = {max(1, int(share * genes + 1e-9)) for share in shares}
+    assert {*drawn.sum(2).flatten().tolist()} <= allowed
+
+
+def test_important_groups_are_preferred_as_in_successive_draws():
+    "Against a literal draw without replacement, probability proportional to exp(bias * rank)"
+    import numpy
+
+    random, weights = numpy.random.default_rng(0), numpy.exp(0.4 * numpy.arange(6)[::-1])
+    counted = numpy.zeros(6)
+    for _ in range(20_000): counted[random.choice(6, 3, replace=False, p=weights / weights.sum())] += 1
+    drawn = draw_groups(6, [0.5], 0.4, (1, 40_000), torch.Generator().manual_seed(0))[0].double().mean(0)
+    torch.testing.assert_close(drawn, torch.from_numpy(counted / 20_000), atol=0.02, rtol=0)
+
+
+# The search
+
+
+@pytest.fixture(scope="module")
+def trained():
+    data = load_dataset("digits", valid=0.1)
+    data.train, data.valid = data.train.select(range(600)), data.valid.select(range(60))
+    model = create_model("vgg12", width=0.125, seed=0)
+    fit(model, data, epochs=4, batch_size=64, lr=0.1, schedule="onecycle", device="cpu", evaluate_every=0)
+    importance = kernel_importance(model, data.train, min_confidence=0)
+    return model, data, group_kernels(importance, data.classes)
+
+
+SMALL = Rules(individuals=6, parents=3, elites=2, keep_sensitive=(0.7, 0.8, 0.9), fewest=20, most=40)
+SMALL_PAPER = replace(PAPER, individuals=6, parents=3, fewest=20, most=20)
+
+
+def rows(result): return [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
+
+
+@pytest.mark.parametrize("rules", [SMALL, SMALL_PAPER], ids=["released", "paper"])
+def test_search_repeats_and_resumes(rules, trained, tmp_path):
+    model, data, grouping = trained
+    run = lambda generations, path=None, seed=3: search(
+        model, data.valid, grouping, rules, generations=generations, seed=seed, checkpoint=path)
+    whole = run(4)
+    again, other = run(4), run(4, seed=4)
+    for stopped in (0, 2):
+        path = tmp_path / f"{stopped}.safetensors"
+        run(stopped, path) # as if killed behind this generation
+        resumed = run(4, path)
+        assert rows(resumed) == rows(whole) and resumed.masks == whole.masks
+        assert torch.equal(resumed.population, whole.population) and resumed.generation == whole.generation
+        assert rows(run(4, path)) == rows(whole), "nothing is left to do"
+    assert rows(again) == rows(whole) and torch.equal(again.population, whole.population)
+    assert not torch.equal(other.population, whole.population)
+
+
+def test_result_is_what_composing_gives(trained):
+    model, data, grouping = trained
+    result = search(model, data.valid, grouping, SMALL, generations=3)
+    answers = composed_logits(model, result.masks, data.valid).argmax(1)
+    assert (answers == data.valid.labels).double().mean().item() == pytest.approx(result.accuracy, abs=0.02) # one image
+    flat = result.masks.flat()
+    pairs = [1 - set_jaccard(flat[a], flat[b]) for a in range(10) for b in range(a)]
+    assert result.difference == pytest.approx(sum(pairs) / 45)
+    assert result.kernel_retention == pytest.approx(result.history[result.generation]["kernel_retention"])
+    eligible = [row["score"] for row in result.history[1:]]
+    assert result.generation == 1 + eligible.index(max(eligible))
+
+
+def test_best_fitness_does_not_fall_while_the_best_stay(trained):
+    model, data, grouping = trained
+    rules = replace(SMALL, accuracy_goal=None)
+    found = [row["fitness"] for row in search(model, data.valid, grouping, rules, generations=5).history]
+    assert all(later >= earlier - 1e-12 for earlier, later in zip(found, found[1:]))
+
+
+def test_nothing_is_run_twice(trained, monkeypatch):
+    model, data, grouping = trained
+    ran = []
+    original = ModuleRunner.__call__
+
+    def counting(self, kernels, classes):
+        ran.append(len(classes))
+        return original(self, kernels, classes)
+
+    monkeypatch.setattr(ModuleRunner, "__call__", counting)
+    runner = ModuleRunner(model, data.valid, grouping.sites)
+    population = initial_population(grouping, SMALL, generator=torch.Generator().manual_seed(0))
+    population[:, 5] = population[:, 0] # twins
+    outputs, number = evaluate_population(runner, grouping, population)
+    assert number == sum(ran) == 50 and torch.equal(outputs[:, 5], outputs[:, 0])
+    after = population.flip(1).clone()
+    after[2, 0, 0] ^= True
+    later, number = evaluate_population(runner, grouping, after, (population, outputs))
+    assert number == 1 and sum(ran) == 51
+    known = torch.ones(10, 6, dtype=torch.bool)
+    known[2, 0] = False
+    assert torch.equal(later[known], outputs.flip(1)[known])
+    torch.testing.assert_close(later[2, 0], runner(grouping.decode(after)[2, :1], [2])[0], rtol=1e-4, atol=1e-4)
+    assert evaluate_population(runner, grouping, after, (after, later))[1] == 0
+
+
+def test_patience_stops(trained):
+    model, data, grouping = trained
+    everything = replace(SMALL, keep_sensitive=(1.0,), mutation_rate=0.0) # nothing can ever change
+    result = search(model, data.valid, grouping, everything, generations=50, patience=2)
+    assert len(result.history) == 4 and result.generation == 1 and result.kernel_retention == 1
+    assert result.masks == ModuleMasks({s: torch.ones(10, k).bool() for s, k in grouping.sites.items()}, data.classes)
+
+
+def test_first_generation_of_the_two_presets(trained):
+    _, _, grouping = trained
+    seeded = lambda: torch.Generator().manual_seed(0)
+    draw = lambda rules, **options: initial_population(grouping, rules, generator=seeded(), **options)
+    released, paper = draw(RELEASED), draw(PAPER)
+    assert all(torch.equal(released[0], other) for other in released[1:])
+    assert not torch.equal(paper[0], paper[1])
+    first = grouping.segments[0].sites[0]
+    few = draw(PAPER, sensitive=[first])
+    genes = grouping.sizes[0]
+    assert few[:, :, :genes].sum(2).min() >= genes // 2 and few[:, :, genes:].float().mean() < 0.4
+    assert draw(replace(RELEASED, initial="random")).float().mean().item() == pytest.approx(0.5, abs=0.03)
+    with pytest.raises(ValueError, match="segment"): draw(PAPER, sensitive=["nowhere"])
+
+
+def test_bad_input(trained, tmp_path):
+    model, data, grouping = trained
+    run = lambda rules=SMALL, split=data.valid, groups=grouping, **options: search(
+        model, split, groups, rules, **({"generations": 1} | options))
+    for message, changes in {
+            "parents": {"individuals": 2}, "elites": {"parents": 1, "individuals": 1}, "fewest": {"fewest": 0},
+            "most": {"most": 3}, "mating": {"mating": "by mail"}, "children": {"children": 3},
+            "mutation_rate": {"mutation_rate": 5}, "mutation": {"mutation": "none"}, "initial": {"initial": "zeros"},
+            "keep_sensitive": {"keep_sensitive": (70,)}, "thresholds": {"thresholds": ((2, 95.0),)},
+            "keep_best": {"elites": 0}, "accuracy_goal": {"accuracy_goal": 95}}.items():
+        with pytest.raises(ValueError, match=message): replace(SMALL, **changes)
+    with pytest.raises(ValueError, match="no images of 3"): run(split=data.valid.select(data.valid.labels != 3))
+    with pytest.raises(ValueError, match="no images"): run(split=data.valid.select([]))
+    with pytest.raises(ValueError, match="classes"): run(split=data.valid.subtask([1, 2]))
+    with pytest.raises(ValueError, match="generations"): run(generations=-1)
+    with pytest.raises(ValueError, match="patience"): run(patience=0)
+    with pytest.raises(ValueError, match="segment"): run(sensitive=["nowhere"])
+    other = create_model("vgg12", num_classes=4, width=0.125, seed=0)
+    with pytest.raises(ValueError, match="4 outputs"): search(other, data.valid, grouping, SMALL)
+    alone = group_kernels({s: torch.rand(1, s.kernels).double() for s in grouping.segments}, ["0"])
+    with pytest.raises(ValueError, match="two classes"): run(split=data.valid.subtask([0]), groups=alone)
+    none = replace(grouping, segments=(), sizes=(), gene_of=grouping.gene_of[:, :0])
+    with pytest.raises(ValueError, match="nothing to search"): run(groups=none)
+
+
+def test_checkpoint_of_another_search_is_refused(trained, tmp_path):
+    model, data, grouping = trained
+    path = tmp_path / "search.safetensors"
+    search(model, data.valid, grouping, SMALL, generations=0, checkpoint=path)
+    content = path.read_bytes()
+    again = lambda rules=SMALL, split=data.valid, network=model, **options: search(
+        network, split, grouping, rules, generations=1, checkpoint=path, **options)
+    with pytest.raises(ValueError, match="seed was 0 and is 1"): again(seed=1)
+    with pytest.raises(ValueError, match="mutation_rate"): again(replace(SMALL, mutation_rate=0.5))
+    with pytest.raises(ValueError, match="images"): again(split=data.valid.select(range(len(data.valid) - 1)))
+    with pytest.raises(ValueError, match="model"): again(network=create_model("vgg12", width=0.125, seed=1))
+    assert path.read_bytes() == content
+    path.write_bytes(content[:100])
+    with pytest.raises(ValueError, match="damaged"): again()
