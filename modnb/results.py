@@ -373,7 +373,7 @@ def markdown_table(
     body = [[str(label), *map(str, cells)] for label, cells in zip(frame.index, frame.to_numpy().tolist(), strict=True)]
     return "\n".join("| " + " | ".join(line) + " |" for line in [head, ["---"] * len(head), *body])
 
-# %% ../nbs/60_results.ipynb #45901623
+# %% ../nbs/60_results.ipynb #b1dc4316
 WHOLE = {  # metric -> label, of the network and its modules
     "accuracy": "accuracy",
     "kernel_retention": "kernels kept by a class",
@@ -381,6 +381,7 @@ WHOLE = {  # metric -> label, of the network and its modules
     "overlap": "overlap of two modules",
     "coupling": "coupling of two modules",
     "training_time": "training time",
+    "search_time": "time of the search",
 }
 COMPOSED = {  # metric -> label, for each size of sub-task
     "accuracy": "whole network",
