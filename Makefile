@@ -40,8 +40,7 @@ help:
 
 demo: .venv/.ready
 	$(call say,'training and taking apart: study demo of nbs/experiments/matrix.yaml')
-	@$(BIN)/snakemake -s nbs/experiments/Snakefile --config study=demo runs=$(RUNS) --cores $(JOBS) --keep-going \
-		--rerun-incomplete --nolock --quiet rules host reason
+	@$(BIN)/python -m modnb.commands run demo --jobs $(JOBS) --runs $(RUNS)
 	$(call say,'the table')
 	@cat $(RUNS)/demo/report.txt
 

@@ -26,6 +26,6 @@ setup(
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
     extras_require={"dev": project["dev_requirements"].split()},
-    entry_points={"nbdev": ["modnb=modnb._modidx:d"]},
+    entry_points={"nbdev": ["modnb=modnb._modidx:d"], "console_scripts": project["console_scripts"].split()},
     zip_safe=False,
 )

@@ -5,11 +5,13 @@
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'SPLITS', 'UNITS', 'METRICS', 'PUBLISHED_METRICS', 'WHOLE', 'COMPOSED',
            'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run', 'class_set', 'count_classes',
-           'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'summarise',
-           'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study',
+           'contradictions', 'refuse_mixed', 'counted_once', 'with_settings', 'swept_rows', 'summarise', 'spread_text',
+           'compare', 'markdown_table', 'compare_systems']
 
-# %% ../nbs/60_results.ipynb #dfb26485
+# %% ../nbs/60_results.ipynb #a233711f
 import csv
+import json
 import math
 import platform
 import subprocess
@@ -313,19 +315,91 @@ def read_study(
     trained = read_rows(files).assign(study=folder.name)
     return pandas.concat([trained, stages], ignore_index=True)
 
-# %% ../nbs/60_results.ipynb #eb124c8b
+# %% ../nbs/60_results.ipynb #7af5f9c4
+def contradictions(
+    rows: Frame,  # of one cell
+) -> dict[str, list[Any]]:  # setting, or "hardware" for times -> its values; empty if rows may be averaged
+    "List the settings that rows of one cell record with different values (ours)"
+    configs = [json.loads(text) for text in rows["config"].unique()]
+    found = {}
+    for name in sorted({name for config in configs for name in config}):
+        values = {json.dumps(config[name]): config[name] for config in configs if name in config}
+        if len(values) > 1: found[name] = list(values.values())
+    timed = rows["unit"].isin(["seconds", "milliseconds"])
+    machines = list(rows.loc[timed, "hardware"].unique())
+    return found | ({"hardware": machines} if len(machines) > 1 else {})
+
+# %% ../nbs/60_results.ipynb #2b822ea2
+def refuse_mixed(
+    rows: Frame,  # from `read_rows`
+    by: Sequence[str],  # columns that name one cell
+    may_differ: Sequence[str] | None = (),  # settings that rows of a cell may differ in; None: any
+) -> None:
+    "Refuse to average rows of different settings: `ValueError` naming the cell and the settings (ours)"
+    if may_differ is None or not {"config", "hardware", "unit"} <= set(rows.columns): return
+    for cell, part in rows.groupby(list(by), sort=False):
+        if part["config_hash"].nunique() < 2 and part["hardware"].nunique() < 2: continue
+        found = {name: values for name, values in contradictions(part).items() if name not in may_differ}
+        if not found: continue
+        where = ", ".join(f"{name} {value}" for name, value in zip(by, cell, strict=True) if value != "")
+        what = "; ".join(f"{name} {' and '.join(map(str, values))}" for name, values in found.items())
+        raise ValueError(f"rows of different settings would be mixed in one cell ({where}): {what}. Leave some of "
+                         f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
+
+# %% ../nbs/60_results.ipynb #038a8683
+def counted_once(
+    rows: Frame,  # from `read_rows`
+    tolerance: float = 1e-4,  # relative difference that rounding on a GPU may make
+) -> Frame:  # without repetitions by other stages
+    "Leave out numbers that another stage measured on the same network, with the same result (ours)"
+    same = rows.groupby(["run", "classes", "metric", "split", "unit"], sort=False, dropna=False)
+    first = same["value"].transform("first")
+    near = (rows["value"] - first).abs() <= tolerance * first.abs()
+    return rows[(rows["config_hash"] == same["config_hash"].transform("first")) | ~near]
+
+# %% ../nbs/60_results.ipynb #e01cad28
+def with_settings(
+    rows: Frame,  # from `read_rows`
+    **settings: Any,  # setting -> value, e.g. keep_threshold=0.9
+) -> Frame:  # rows that record these values, and rows that do not record the setting at all
+    "Select rows by their settings; `ValueError` for a setting that no row records (ours)"
+    known = {text: json.loads(text) for text in rows["config"].unique()}
+    for name in settings:
+        there = sorted({key for config in known.values() for key in config})
+        if name not in there: raise ValueError(f"no row records a setting {name!r}, but {', '.join(there)}")
+    fits = {text: all(config.get(name, value) == value for name, value in settings.items())
+            for text, config in known.items()}
+    return rows[rows["config"].map(fits)]
+
+# %% ../nbs/60_results.ipynb #60f00597
+def swept_rows(
+    rows: Frame,  # from `read_rows`
+    setting: str = "keep_threshold",  # what was varied
+    least: int = 3,  # values that make a sweep
+) -> Frame:  # those that differ in the setting alone, with its value as a column; may be empty
+    "Select the rows of a sweep over one setting (ours)"
+    known = {text: json.loads(text) for text in rows["config"].unique()}
+    rest = rows["config"].map({text: canonical({name: value for name, value in config.items() if name != setting})
+                               for text, config in known.items()})
+    found = rows.assign(**{setting: rows["config"].map({text: config.get(setting) for text, config in known.items()})})
+    return found[found.groupby(rest)[setting].transform("nunique") >= least]
+
+# %% ../nbs/60_results.ipynb #26f6c7c5
 def summarise(
     rows: Frame,  # from `read_rows`
     by: Sequence[str] = ("study", "system", "model", "dataset", "metric"),  # columns that name one line of the table
     over: str = "run",  # column whose values are the repeats
+    may_differ: Sequence[str] | None = (),  # settings that rows of a line may differ in; None: any
 ) -> Frame:  # columns `by`, unit, mean, sd, n, min, max
-    "Average within each run, then over runs; `ValueError` for an unknown column or mixed units (ours)"
+    "Average within each run, then over runs; `ValueError` for unknown columns, mixed units or settings (ours)"
     by = list(by)
     for column in [*by, over]:
         if column not in rows: raise ValueError(f"rows have no column {column!r}, but {', '.join(rows.columns)}")
     kinds = rows.groupby(by, sort=False)["unit"].nunique()
     if (kinds > 1).any():
         raise ValueError(f"different units in one group: {kinds[kinds > 1].index[0]}; add 'metric' to `by`")
+    rows = counted_once(rows)
+    refuse_mixed(rows, by, may_differ)
     runs = rows.groupby([*by, "unit", over], sort=False)["value"].mean().reset_index()
     table = runs.groupby([*by, "unit"], sort=False)["value"].agg(["mean", "std", "count", "min", "max"])
     return table.rename(columns={"std": "sd", "count": "n"}).reset_index()
@@ -344,17 +418,19 @@ def spread_text(
     texts = [form(mean), form(low), form(high)]
     return texts[0] + ending if len(set(texts)) == 1 else f"{texts[0]} [{texts[1]} {texts[2]}]{ending}"
 
-# %% ../nbs/60_results.ipynb #d554a3b2
+# %% ../nbs/60_results.ipynb #bcb6da2b
 def compare(
     rows: Frame,  # from `read_rows`
     lines: Sequence[tuple[str, str, int]],  # (label, metric, number of classes; 0: all)
     columns: str = "system",  # what stands side by side
+    may_differ: Sequence[str] | None = (),  # settings that rows of a cell may differ in; None: any
 ) -> Frame:  # text; index: labels
-    "Set systems side by side, mean and range over runs (ours)"
+    "Set systems side by side, mean and range over runs; `ValueError` for mixed settings (ours)"
     import pandas
 
     sized = rows.assign(size=rows["classes"].map(count_classes))
-    table = summarise(sized, by=[columns, "metric", "size"])
+    shown = sized[[place in {(m, size) for _, m, size in lines} for place in zip(sized["metric"], sized["size"])]]
+    table = summarise(shown, by=[columns, "metric", "size"], may_differ=may_differ)
     text = {
         (line["metric"], line["size"], line[columns]): spread_text(line["mean"], line["min"], line["max"], line["unit"])
         for line in table.to_dict("records")
@@ -392,13 +468,15 @@ COMPOSED = {  # metric -> label, for each size of sub-task
     "composed_size": "size of the composed",
 }
 
-# %% ../nbs/60_results.ipynb #5c7ff62d
+# %% ../nbs/60_results.ipynb #0b3d4d7c
 def compare_systems(
     rows: Frame,  # from `read_rows`
+    columns: str = "system",  # what stands side by side
+    may_differ: Sequence[str] | None = (),  # settings that rows of a cell may differ in; None: any
 ) -> Frame:  # text; one column for each system
-    "Compare systems: the whole, its modules, and composed networks of every size there is (ours)"
+    "Compare systems: the whole, its modules, and composed networks of every size; `ValueError` for a mixture (ours)"
     sizes = sorted(set(rows.loc[rows["metric"] == "composed_accuracy", "classes"].map(count_classes)))
     lines = [(label, metric, 0) for metric, label in WHOLE.items()]
     lines += [(f"{size} classes: {label}", metric, size) for size in sizes for metric, label in COMPOSED.items()]
-    table = compare(rows[rows["split"] != "valid"], lines)
+    table = compare(rows[rows["split"] != "valid"], lines, columns, may_differ)
     return table[(table != "").any(axis=1)]  # a line that no system has says nothing

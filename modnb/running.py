@@ -7,7 +7,7 @@ __all__ = ['ANY', 'PLAIN', 'declared_parameters', 'check_names', 'check_types', 
            'check_parameters', 'parameters_cell', 'notebook_parameters', 'read_value', 'NotebookFailed',
            'kernel_settings', 'run_notebook', 'canonical', 'config_hash', 'main']
 
-# %% ../nbs/50_running.ipynb #2d56334c
+# %% ../nbs/50_running.ipynb #780f0a97
 import ast
 import hashlib
 import json
@@ -16,10 +16,13 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from difflib import get_close_matches
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
+
+from .locks import Taken, assigned_gpu, claimed
 
 # %% ../nbs/50_running.ipynb #79e73da9
 ANY = type("Any value", (), {"__repr__": lambda self: "ANY"})()  # default of a parameter whose type is left open
@@ -148,7 +151,7 @@ def kernel_settings(
     if os.name == "nt" or len(os.fsencode(address)) > 90: return {}
     return {"transport": "ipc", "ip": address, "connection_file": address + ".json"}
 
-# %% ../nbs/50_running.ipynb #ab4cf21c
+# %% ../nbs/50_running.ipynb #e84570b9
 def run_notebook(
     path: str | Path,  # a notebook with a cell tagged `parameters`
     output: str | Path,  # the executed notebook, written after every cell; its folder is made
@@ -156,7 +159,7 @@ def run_notebook(
     cwd: str | Path | None = None,  # folder in which the notebook runs; None: the present one
     timeout: int | None = None,  # seconds that one cell may take; None: no limit
 ) -> Path:  # `output`
-    "Run a notebook; `ValueError` for parameters it does not have, `NotebookFailed` if one of its cells raises (ours)"
+    "Run a notebook; `ValueError` for unknown parameters, `NotebookFailed` if a cell raises, `Taken` if it runs (ours)"
     parameters = dict(parameters or {})
     declared = notebook_parameters(path)
     check_names(parameters, declared, where=Path(path).name)
@@ -165,10 +168,14 @@ def run_notebook(
     from papermill import PapermillExecutionError, execute_notebook
     from traitlets.config import Config
 
-    output = Path(output).resolve()
-    output.parent.mkdir(parents=True, exist_ok=True)
+    output, given = Path(output).resolve(), declared | parameters
     private = mkdtemp(prefix="nb")
+    held = ExitStack()
     try:
+        held.enter_context(claimed(output.with_name(f".{output.name}.running"), str(output)))
+        if given.get("out", ANY) not in ("", None, ANY):
+            held.enter_context(claimed(Path(cwd or ".", given["out"], ".running")))
+        if given.get("device", "cpu") != "cpu": held.enter_context(assigned_gpu())
         execute_notebook(Path(path).resolve(), output, parameters, progress_bar=False, cwd=cwd,
                          execution_timeout=timeout, config=Config(KernelManager=kernel_settings(private)))
     except PapermillExecutionError as error:
@@ -176,7 +183,9 @@ def run_notebook(
                              f"  executed notebook: {output}") from None
     except (DeadKernelError, CellTimeoutError) as error:
         raise NotebookFailed(f"{Path(path).name}: {error}\n  executed notebook: {output}") from None
-    finally: shutil.rmtree(private, ignore_errors=True)
+    finally:
+        held.close()
+        shutil.rmtree(private, ignore_errors=True)
     return output
 
 # %% ../nbs/50_running.ipynb #de812891
@@ -193,7 +202,7 @@ def config_hash(
     "Condense settings to a short name (ours)"
     return hashlib.sha256(canonical(config).encode()).hexdigest()[:10]
 
-# %% ../nbs/50_running.ipynb #88328743
+# %% ../nbs/50_running.ipynb #0dd4e4eb
 def main(
     arguments: Sequence[str] | None = None,  # words of the command line; None: those of this process
 ) -> int:  # exit code
@@ -213,9 +222,9 @@ def main(
         declared = notebook_parameters(given.notebook)
         parameters = {name: read_value(text, declared.get(name)) for name, text in given.parameter}
         print(run_notebook(given.notebook, given.output, parameters, given.cwd))
-    except (ValueError, NotebookFailed) as error:
+    except (ValueError, NotebookFailed, Taken) as error:
         print(error, file=sys.stderr)
-        return 1 if isinstance(error, NotebookFailed) else 2
+        return {NotebookFailed: 1, Taken: 3}.get(type(error), 2)
     return 0
 
 # %% ../nbs/50_running.ipynb #b576e9c1

@@ -88,9 +88,9 @@ def test_package_imports_little():
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-GROUND = ["compat", "data", "models", "training", "files", "testing"]
+GROUND = ["compat", "data", "models", "training", "files", "testing", "locks"]
 METHODS = ["cnnsplitter", "mwt", "moda"]
-ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained"]
+ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained", "reports", "commands"]
 
 
 def floor(module: str) -> int:

@@ -260,8 +260,8 @@ GOOD = "studies:\n  a:\n    vary: {system: [plain, moda], lr: [0.1, 0.2], seed: 
 
 def test_every_combination_has_its_own_folder(tmp_path):
     cells = study_cells(read_matrix(matrix(tmp_path, GOOD)), "a")
-    assert len(cells) == 12 and len({cell.folder for cell in cells}) == 12
-    assert cells[0].folder == "a/plain-vgg12-lr0.1-seed0" and cells[-1].name == "moda-vgg12-lr0.2-seed2"
+    assert len(cells) == 12 and len({cell.name for cell in cells}) == 12 == len({cell.network for cell in cells})
+    assert cells[0].name == "plain-vgg12-lr0.1-seed0" and cells[-1].name == "moda-vgg12-lr0.2-seed2"
     assert all(cell.train["model"] == "vgg12" for cell in cells)
 
 
@@ -274,7 +274,7 @@ def test_every_combination_has_its_own_folder(tmp_path):
     ("studies: {a: {verry: 3}}", "study 'a': unknown verry"),
     ("studies: {a: {vary: {seed: 3}}}", "study 'a': 'seed' under 'vary' must be a list"),
     ("studies: {a: {vary: {seed: []}}}", "must be a list"),
-    ("studies: {a: {train: [3]}}", "'train' must be a mapping"),
+    ("studies: {a: {train: [3]}}", "'train' must be a dict"),
     ("studies: {a: {vary: {seed: [3]}, train: {seed: 3}}}", "'seed' stands under 'vary' and under 'train'"),
 ])
 def test_wrong_matrices_say_where(tmp_path, text, message):
@@ -294,13 +294,15 @@ def test_repeated_values_are_refused(tmp_path):
 
 
 def test_cells_are_checked_against_the_notebooks(tmp_path, notebook):
+    notebook.rename(notebook.with_name("train.ipynb"))
+
     def cells(train): return study_cells(read_matrix(matrix(tmp_path, f"studies: {{a: {{train: {train}}}}}")), "a")
 
-    check_cells(cells("{epochs: 3}"), notebook, notebook)
-    with pytest.raises(ValueError, match="study 'a', train: small.ipynb has no parameter 'epoch'"):
-        check_cells(cells("{epoch: 3}"), notebook, notebook)
-    with pytest.raises(ValueError, match="study 'a', train: small.ipynb: parameter 'lr' is '1e-3'"):
-        check_cells(cells("{lr: 1e-3}"), notebook, notebook)
+    check_cells(cells("{epochs: 3}"), notebook.parent)
+    with pytest.raises(ValueError, match="study 'a': train.ipynb has no parameter 'epoch'"):
+        check_cells(cells("{epoch: 3}"), notebook.parent)
+    with pytest.raises(ValueError, match="study 'a': train.ipynb: parameter 'lr' is '1e-3'"):
+        check_cells(cells("{lr: 1e-3}"), notebook.parent)
 
 
 @given(st.dictionaries(names, st.text(st.characters(codec="ascii", exclude_characters="\0\r\n"))))
