@@ -302,7 +302,7 @@ def read_rows(
                 rows.append(row)
     return pandas.DataFrame(rows, columns=list(FIELDS)).astype({"value": float, "seconds": float, "seed": int})
 
-# %% ../nbs/60_results.ipynb #9ceca2a4
+# %% ../nbs/60_results.ipynb #7ab6d0ea
 def read_study(
     folder: str | Path,  # of one study, below the folder of all runs
 ) -> Frame:  # rows of its stages, and of the training of the networks that they examined
@@ -311,8 +311,9 @@ def read_study(
 
     folder = Path(folder)
     stages = read_rows(sorted(folder.glob("*/*/rows.csv")) or [folder/"CELL/STAGE/rows.csv"])
-    files = [folder.parent/"networks"/run/"rows_train.csv" for run in dict.fromkeys(stages["run"])]
-    trained = read_rows(files).assign(study=folder.name)
+    shared = [run for run in dict.fromkeys(stages["run"]) if "/" not in run]  # others trained networks of their own
+    if not shared: return stages
+    trained = read_rows([folder.parent/"networks"/run/"rows_train.csv" for run in shared]).assign(study=folder.name)
     return pandas.concat([trained, stages], ignore_index=True)
 
 # %% ../nbs/60_results.ipynb #7af5f9c4
