@@ -1,4 +1,4 @@
-"""`modnb run`, `status` and `report`: plans, kills, failures, many at once, GPUs shared out, on notebooks that do nothing.
+"""`modnb run`, `status` and `report`: plans, kills, failures, many at once, GPUs shared out. The notebooks do nothing.
 
 The crowd has 24 notebooks; MODNB_MANY_RUNS=60 makes it 60."""
 
