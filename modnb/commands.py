@@ -70,7 +70,7 @@ def measured_epochs(
             found.setdefault(key, []).append(row["value"] / config["epochs"])
     return {key: median(values) for key, values in found.items()}
 
-# %% ../nbs/64_commands.ipynb #a9295ff4
+# %% ../nbs/64_commands.ipynb #08cfafd4
 @dataclass(frozen=True)
 class Step:
     "A notebook of a cell, and how far it is (ours)"
@@ -118,7 +118,7 @@ def study_steps(
     runs: str | Path,  # the folder of all runs
 ) -> list[Step]:  # of every cell the training first, then its stages
     "Look how far a study is (ours)"
-    return [step_state(cell, stage, Path(runs)) for cell in cells for stage in ("train", *cell.stages)]
+    return [step_state(cell, stage, Path(runs)) for cell in cells for stage in cell.steps]
 
 # %% ../nbs/64_commands.ipynb #532fb96d
 def status_text(
@@ -140,7 +140,7 @@ def status_text(
     lines += [f"  missing  {step.cell}, {step.stage}" for step in missing[:10]]
     return "\n".join(lines + [f"  missing  and {len(missing) - 10} more"] * (len(missing) > 10))
 
-# %% ../nbs/64_commands.ipynb #70bcd88b
+# %% ../nbs/64_commands.ipynb #a5659b40
 def hours_text(
     networks: Mapping[str, Cell],  # those still to be trained
     whole: Mapping[str, Mapping[str, Any]],  # name of a network -> all parameters of its training
@@ -166,9 +166,9 @@ def plan_table(
     "Count cells, networks and notebooks, those to do among them, and hours as far as measured (ours)"
     def line(name, cells):
         steps, done = study_steps(cells, runs), {}
-        for cell, step in zip([c for c in cells for _ in ("train", *c.stages)], steps, strict=True):
+        for cell, step in zip([c for c in cells for _ in c.steps], steps, strict=True):
             done[cell.network if step.stage == "train" else (cell.study, cell.name, step.stage)] = step.state == "done"
-        networks = {cell.network: cell for cell in cells}
+        networks = {cell.network: cell for cell in cells if cell.needs_network}
         left = {network: cell for network, cell in networks.items() if not done[network]}
         stages, todo = len(done) - len(networks), sum(not ready for ready in done.values()) - len(left)
         whole = {network: {"system": "", **defaults, **cell.train} for network, cell in left.items()}

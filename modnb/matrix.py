@@ -90,7 +90,7 @@ def choose_studies(
         chosen += known[name]
     return list(dict.fromkeys(chosen))
 
-# %% ../nbs/51_matrix.ipynb #96d06729
+# %% ../nbs/51_matrix.ipynb #1147cbc8
 NOT_DECIDING = ("study", "out", "root", "device", "seed")  # parameters of a training that its result does not depend on
 
 @dataclass(frozen=True)
@@ -107,6 +107,11 @@ class Cell:
     def needs_network(self) -> bool:
         "Whether some stage examines the network, or nothing but a network is wanted"
         return len(self.alone) < len(self.stages) or not self.stages
+
+    @property
+    def steps(self) -> tuple[str, ...]:  # "train", and the names of the stages
+        "What is to be done, in order"
+        return *(("train",) if self.needs_network else ()), *self.stages
 
 # %% ../nbs/51_matrix.ipynb #b73242cd
 def stage_notebook(
