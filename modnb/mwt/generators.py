@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['FORMS', 'PREFIX', 'Lift', 'MaskGenerator', 'maskable_sites', 'trace_for_both_modes', 'insert_generator',
            'add_mask_generators', 'mask_generators', 'require_generators', 'generator_parameters', 'observe_masks',
-           'remove_mask_generators', 'load_plain']
+           'spatial_mean', 'masked_relu', 'fuse_masking', 'remove_mask_generators', 'load_plain']
 
-# %% ../../nbs/30_mwt_generators.ipynb #be2d5867
+# %% ../../nbs/30_mwt_generators.ipynb #3673072e
 import copy
 import math
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
 
 from ..data import choose
 from ..units import CONV_LAYERS, layer_of, name_sites, observe, opaque, trace_graph, unit_sites
 
-# %% ../../nbs/30_mwt_generators.ipynb #85e03159
+# %% ../../nbs/30_mwt_generators.ipynb #c7719a73
 class Lift(nn.Module):
     "Raise the values of an image together until a share of them is positive (ours)."
 
@@ -39,7 +41,7 @@ class Lift(nn.Module):
 
 opaque(Lift)
 
-# %% ../../nbs/30_mwt_generators.ipynb #38f0556a
+# %% ../../nbs/30_mwt_generators.ipynb #79999260
 FORMS = ("released", "paper")
 
 class MaskGenerator(nn.Module):
@@ -78,7 +80,7 @@ class MaskGenerator(nn.Module):
         x = self.relu(self.hidden(x.flatten(2).mean(2)))
         return self.gate(self.tanh(self.lift(self.kernels(x))))
 
-# %% ../../nbs/30_mwt_generators.ipynb #d4e0f77b
+# %% ../../nbs/30_mwt_generators.ipynb #d8bce60a
 def maskable_sites(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -91,7 +93,7 @@ def maskable_sites(
     what = f"only its first convolution '{next(iter(sites))}': pass first=True" if sites else "no convolution"
     raise ValueError(f"{type(model).__name__} has {what} whose kernels a mask could switch off")
 
-# %% ../../nbs/30_mwt_generators.ipynb #272f54fe
+# %% ../../nbs/30_mwt_generators.ipynb #c9a9d014
 def trace_for_both_modes(
     model: nn.Module, # keeps its modes
 ) -> fx.GraphModule: # shares layers and parameters with `model`
@@ -109,7 +111,7 @@ def trace_for_both_modes(
     graphs[1].training = model.training
     return graphs[1]
 
-# %% ../../nbs/30_mwt_generators.ipynb #38126d5e
+# %% ../../nbs/30_mwt_generators.ipynb #40a96b8d
 PREFIX = "mask_generators."
 
 def insert_generator(
@@ -128,7 +130,7 @@ def insert_generator(
         for _ in layer_of(conv).kernel_size: mask = graph.call_method("unsqueeze", (mask, -1))
     product.args = (node, mask)
 
-# %% ../../nbs/30_mwt_generators.ipynb #dca7836d
+# %% ../../nbs/30_mwt_generators.ipynb #0f139a6d
 def add_mask_generators(
     model: nn.Module, # left as it is: the modular model has copies of its layers and weights
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -155,7 +157,7 @@ def add_mask_generators(
         modular.config = config | {"mask_generators": form, "mask_first": first, "mask_floor": floor}
     return modular
 
-# %% ../../nbs/30_mwt_generators.ipynb #55c12ea5
+# %% ../../nbs/30_mwt_generators.ipynb #46144c43
 def mask_generators(
     model: nn.Module,
 ) -> dict[str, MaskGenerator]: # site -> its generator, in order of execution; empty for other models
@@ -173,7 +175,7 @@ def require_generators(
     raise ValueError(f"{type(model).__name__} has no mask generators: make it modular by "
                      "modnb.mwt.generators.add_mask_generators(model, example)")
 
-# %% ../../nbs/30_mwt_generators.ipynb #9af12e9e
+# %% ../../nbs/30_mwt_generators.ipynb #13a7bc78
 def generator_parameters(
     modular: nn.Module, # with mask generators
 ) -> int: # parameters that the plain network does not have
@@ -181,7 +183,7 @@ def generator_parameters(
     return sum(parameter.numel() for generator in require_generators(modular).values()
                for parameter in generator.parameters())
 
-# %% ../../nbs/30_mwt_generators.ipynb #db898fcf
+# %% ../../nbs/30_mwt_generators.ipynb #9ec32b54
 def observe_masks(
     modular: nn.Module, # in its current train or eval mode
 ) -> fx.GraphModule: # `forward(x)` returns `(logits, {site: soft mask [B, K]})`; shares all parameters with `modular`
@@ -194,7 +196,75 @@ def observe_masks(
     watched.recompile()
     return watched
 
-# %% ../../nbs/30_mwt_generators.ipynb #78c807fb
+# %% ../../nbs/30_mwt_generators.ipynb #a26e8bc8
+class _SpatialMean(Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.shape = x.shape
+        return x.flatten(2).mean(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        share = gradient / ctx.shape[2:].numel()
+        return share.reshape(*share.shape, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
+
+@fx.wrap
+def spatial_mean(
+    x: Tensor, # [B, C, H, W], or with another number of dimensions behind the channels
+) -> Tensor: # [B, C]
+    "Mean of each channel, with a gradient that is never written out (ours)."
+    return _SpatialMean.apply(x)
+
+# %% ../../nbs/30_mwt_generators.ipynb #e6b1b97b
+class _MaskedReLU(Function):
+    @staticmethod
+    def forward(ctx, x, mask):
+        product = (x * mask).relu_()
+        ctx.save_for_backward(x, mask, product)
+        return product
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient):
+        x, mask, product = ctx.saved_tensors
+        gradient = torch.ops.aten.threshold_backward(gradient, product, 0)
+        to_mask = (gradient * x).sum(tuple(range(2, x.ndim)), keepdim=True)
+        if gradient.dtype == torch.result_type(gradient, mask): gradient.mul_(mask)
+        else: gradient = gradient * mask
+        return gradient.to(x.dtype), to_mask.to(mask.dtype)
+
+@fx.wrap
+def masked_relu(
+    x: Tensor, # [B, K, H, W]
+    mask: Tensor, # [B, K, 1, 1]
+) -> Tensor: # like x
+    "ReLU of a map times a mask (ours)."
+    return _MaskedReLU.apply(x, mask)
+
+# %% ../../nbs/30_mwt_generators.ipynb #3a632ae1
+def fuse_masking(
+    watched: fx.GraphModule, # a modular model, or a view of one from `observe_masks`; its graph is changed
+) -> fx.GraphModule: # the same object
+    "Let a traced modular model use `spatial_mean` and `masked_relu` wherever it says the same in more words (ours)."
+    graph = watched.graph
+    for node in list(graph.nodes):
+        if node.op == "call_method" and node.target == "mean" and node.args[1:] == (2,):
+            flat = node.args[0]
+            if flat.target != "flatten" or flat.args[1:] != (2,): continue
+            node.op, node.target, node.args = "call_function", spatial_mean, (flat.args[0],)
+            if not flat.users: graph.erase_node(flat)
+        elif node.target is torch.mul and getattr(node.args[1], "target", None) == "unsqueeze":
+            relu = next(iter(node.users))
+            if len(node.users) > 1 or not isinstance(layer_of(relu), nn.ReLU): continue
+            node.target = masked_relu
+            relu.replace_all_uses_with(node)
+            graph.erase_node(relu)
+    graph.lint()
+    watched.recompile()
+    return watched
+
+# %% ../../nbs/30_mwt_generators.ipynb #08612c90
 def remove_mask_generators(
     modular: nn.Module, # left as it is
     into: nn.Module | None = None, # an instance of the plain architecture; its weights are replaced
