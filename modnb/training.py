@@ -57,7 +57,7 @@ class Unobserved(nn.Module):
         "Run the network."
         return self.model(x), {}
 
-# %% ../nbs/02_training.ipynb #c0c878eb
+# %% ../nbs/02_training.ipynb #f957bacf
 class Objective:
     "What a run minimises; a training method is a subclass of this (ours)."
     _group: ProcessGroup | None = None # see `across`
@@ -82,13 +82,6 @@ class Objective:
         row: dict[str, Any], # of the history: "epoch", the means of "loss" and of the terms, "train_accuracy"
     ) -> None:
         "Hear how an epoch went; nothing here may decide the weights."
-
-    def accelerate(
-        self,
-        network: nn.Module, # from `prepare`
-    ) -> nn.Module: # computes the same from the same parameters
-        "Replace parts of the prepared network by cheaper ones."
-        return network
 
     def across(
         self,
@@ -761,7 +754,7 @@ def arithmetic(
     finally:
         if device.type == "cuda": cudnn.benchmark, cudnn.allow_tf32 = before
 
-# %% ../nbs/02_training.ipynb #1bce3d74
+# %% ../nbs/02_training.ipynb #2295c993
 def make_forward(
     model: nn.Module, # on its device
     objective: Objective,
@@ -770,9 +763,8 @@ def make_forward(
     settings: Settings,
     batch_size: int, # images of this process in a usual batch
 ) -> Forward: # the model is in training mode
-    "Prepare a network for its steps: accelerated, compiled or plain, as the settings say (ours)."
+    "Prepare a network for its steps, compiled or plain, as the settings say (ours)."
     network = prepare_network(model, objective, example, num_classes)
-    if settings.fast and not settings.compile: network = objective.accelerate(network)
     plain = forward_pass(network, objective, settings)
     if not settings.compile: return plain
     compiled = torch.compile(plain, dynamic=False, mode="reduce-overhead" if example.is_cuda else "default")

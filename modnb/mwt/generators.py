@@ -5,17 +5,15 @@
 # %% auto #0
 __all__ = ['FORMS', 'PREFIX', 'Lift', 'MaskGenerator', 'maskable_sites', 'trace_for_both_modes', 'insert_generator',
            'add_mask_generators', 'mask_generators', 'require_generators', 'generator_parameters', 'observe_masks',
-           'spatial_mean', 'masked_relu', 'fuse_masking', 'remove_mask_generators', 'load_plain']
+           'remove_mask_generators', 'load_plain']
 
-# %% ../../nbs/30_mwt_generators.ipynb #3673072e
+# %% ../../nbs/30_mwt_generators.ipynb #8791f06c
 import copy
 import math
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from ..data import choose
 from ..units import CONV_LAYERS, layer_of, name_sites, observe, opaque, trace_graph, unit_sites
@@ -41,7 +39,7 @@ class Lift(nn.Module):
 
 opaque(Lift)
 
-# %% ../../nbs/30_mwt_generators.ipynb #79999260
+# %% ../../nbs/30_mwt_generators.ipynb #db4fe695
 FORMS = ("released", "paper")
 
 class MaskGenerator(nn.Module):
@@ -77,7 +75,8 @@ class MaskGenerator(nn.Module):
         x: Tensor, # [B, C, H, W], or with another number of dimensions behind the channels
     ) -> Tensor: # soft mask [B, K], 0 to below 1
         "Look at the mean of each channel."
-        x = self.relu(self.hidden(x.flatten(2).mean(2)))
+        flat = x.flatten(2)
+        x = self.relu(self.hidden(flat.sum(2) / flat.shape[2])) # the gradient of a sum is a view, that of mean is not
         return self.gate(self.tanh(self.lift(self.kernels(x))))
 
 # %% ../../nbs/30_mwt_generators.ipynb #d8bce60a
@@ -193,74 +192,6 @@ def observe_masks(
     output = next(n for n in watched.graph.nodes if n.op == "output")
     logits, seen = output.args[0]
     output.args = ((logits, dict(zip(sites, seen.values(), strict=True))),)
-    watched.recompile()
-    return watched
-
-# %% ../../nbs/30_mwt_generators.ipynb #a26e8bc8
-class _SpatialMean(Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.shape = x.shape
-        return x.flatten(2).mean(2)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        share = gradient / ctx.shape[2:].numel()
-        return share.reshape(*share.shape, *[1] * (len(ctx.shape) - 2)).expand(ctx.shape)
-
-@fx.wrap
-def spatial_mean(
-    x: Tensor, # [B, C, H, W], or with another number of dimensions behind the channels
-) -> Tensor: # [B, C]
-    "Mean of each channel, with a gradient that is never written out (ours)."
-    return _SpatialMean.apply(x)
-
-# %% ../../nbs/30_mwt_generators.ipynb #e6b1b97b
-class _MaskedReLU(Function):
-    @staticmethod
-    def forward(ctx, x, mask):
-        product = (x * mask).relu_()
-        ctx.save_for_backward(x, mask, product)
-        return product
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, gradient):
-        x, mask, product = ctx.saved_tensors
-        gradient = torch.ops.aten.threshold_backward(gradient, product, 0)
-        to_mask = (gradient * x).sum(tuple(range(2, x.ndim)), keepdim=True)
-        if gradient.dtype == torch.result_type(gradient, mask): gradient.mul_(mask)
-        else: gradient = gradient * mask
-        return gradient.to(x.dtype), to_mask.to(mask.dtype)
-
-@fx.wrap
-def masked_relu(
-    x: Tensor, # [B, K, H, W]
-    mask: Tensor, # [B, K, 1, 1]
-) -> Tensor: # like x
-    "ReLU of a map times a mask (ours)."
-    return _MaskedReLU.apply(x, mask)
-
-# %% ../../nbs/30_mwt_generators.ipynb #3a632ae1
-def fuse_masking(
-    watched: fx.GraphModule, # a modular model, or a view of one from `observe_masks`; its graph is changed
-) -> fx.GraphModule: # the same object
-    "Let a traced modular model use `spatial_mean` and `masked_relu` wherever it says the same in more words (ours)."
-    graph = watched.graph
-    for node in list(graph.nodes):
-        if node.op == "call_method" and node.target == "mean" and node.args[1:] == (2,):
-            flat = node.args[0]
-            if flat.target != "flatten" or flat.args[1:] != (2,): continue
-            node.op, node.target, node.args = "call_function", spatial_mean, (flat.args[0],)
-            if not flat.users: graph.erase_node(flat)
-        elif node.target is torch.mul and getattr(node.args[1], "target", None) == "unsqueeze":
-            relu = next(iter(node.users))
-            if len(node.users) > 1 or not isinstance(layer_of(relu), nn.ReLU): continue
-            node.target = masked_relu
-            relu.replace_all_uses_with(node)
-            graph.erase_node(relu)
-    graph.lint()
     watched.recompile()
     return watched
 

@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_WEIGHTS', 'cohesion_loss', 'coupling_loss', 'mask_health', 'find_collapse', 'published_weights',
            'CollapseWarning', 'MwT']
 
-# %% ../../nbs/31_mwt_losses.ipynb #156901b4
+# %% ../../nbs/31_mwt_losses.ipynb #aedfa20b
 import warnings
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import choose
-from .generators import fuse_masking, observe_masks
+from .generators import observe_masks
 from ..similarity import AVERAGES, cosine_losses, join_rows, one_hot
 from ..training import Objective
 
@@ -88,7 +88,7 @@ def published_weights(
 class CollapseWarning(UserWarning):
     "Layers of a modular model are dead, or it has come to say always the same (ours)."
 
-# %% ../../nbs/31_mwt_losses.ipynb #d476dcb0
+# %% ../../nbs/31_mwt_losses.ipynb #744f2ede
 class MwT(Objective):
     "Modular training: cross-entropy, cohesion loss and coupling loss (MwT Eq. 6)."
 
@@ -112,13 +112,6 @@ class MwT(Objective):
     ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
         "Make the soft masks visible; ValueError for a model without mask generators."
         return observe_masks(model)
-
-    def accelerate(
-        self,
-        network: nn.Module, # from `prepare`; changed
-    ) -> nn.Module: # computes the same
-        "Multiply maps with masks in fewer passes, by `fuse_masking`."
-        return fuse_masking(network)
 
     def __call__(
         self,

@@ -143,7 +143,7 @@ def batch_modularity(
     found = {name: (similar * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in pairs.items()}
     return found | {"used_kernels": used.float().mean()}
 
-# %% ../../nbs/32_mwt_modularize.ipynb #5e783f79
+# %% ../../nbs/32_mwt_modularize.ipynb #9e1caf7c
 class Recording(Objective):
     "An objective that also records how modular the batches of each epoch are (MwT Fig. 5)."
 
@@ -180,13 +180,6 @@ class Recording(Objective):
     ) -> None:
         "Tell the objective how the epoch went."
         self._objective.end_epoch(row)
-
-    def accelerate(
-        self,
-        network: nn.Module, # from `prepare`
-    ) -> nn.Module: # computes the same
-        "Let the objective make the network cheaper."
-        return self._objective.accelerate(network)
 
     def across(
         self,
