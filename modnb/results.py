@@ -349,13 +349,14 @@ def refuse_mixed(
         raise ValueError(f"rows of different settings would be mixed in one cell ({where}): {what}. Leave some of "
                          f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
 
-# %% ../nbs/60_results.ipynb #038a8683
+# %% ../nbs/60_results.ipynb #86d559ad
 def counted_once(
     rows: Frame,  # from `read_rows`
     tolerance: float = 1e-4,  # relative difference that rounding on a GPU may make
 ) -> Frame:  # without repetitions by other stages
     "Leave out numbers that another stage measured on the same network, with the same result (ours)"
-    same = rows.groupby(["run", "classes", "metric", "split", "unit"], sort=False, dropna=False)
+    kinds = [name for name in ("run", "system", "classes", "metric", "split", "unit") if name in rows]
+    same = rows.groupby(kinds, sort=False, dropna=False)
     first = same["value"].transform("first")
     near = (rows["value"] - first).abs() <= tolerance * first.abs()
     return rows[(rows["config_hash"] == same["config_hash"].transform("first")) | ~near]
@@ -471,7 +472,7 @@ COMPOSED = {  # metric -> label, for each size of sub-task
     "composed_size": "size of the composed",
 }
 
-# %% ../nbs/60_results.ipynb #0b3d4d7c
+# %% ../nbs/60_results.ipynb #0c8f0d01
 def compare_systems(
     rows: Frame,  # from `read_rows`
     columns: str = "system",  # what stands side by side
@@ -480,6 +481,8 @@ def compare_systems(
     "Compare systems: the whole, its modules, and composed networks of every size; `ValueError` for a mixture (ours)"
     sizes = sorted(set(rows.loc[rows["metric"] == "composed_accuracy", "classes"].map(count_classes)))
     lines = [(label, metric, 0) for metric, label in WHOLE.items()]
-    lines += [(f"{size} classes: {label}", metric, size) for size in sizes for metric, label in COMPOSED.items()]
+    name = lambda size: f"{size or 'all'} classes"
+    lines += [(f"{name(size)}: {label}", metric, size) for size in sizes for metric, label in COMPOSED.items()
+              if size or metric != "accuracy"]  # the whole network on all classes is above
     table = compare(rows[rows["split"] != "valid"], lines, columns, may_differ)
     return table[(table != "").any(axis=1)]  # a line that no system has says nothing
