@@ -606,7 +606,7 @@ def test_the_experiment_leaves_rows_that_its_files_repeat(tmp_path):
     table = rows.set_index(["run", "classes", "metric"])["value"]
     names = [prefix + n for prefix in ("weak_", "patched_") for n in ("precision", "recall", "f1", "other_accuracy")]
     for kind in ("simple", "underfitting"):
-        run = f"trial/{tmp_path.name}/{kind}"
+        run = f"trial/{tmp_path.name}-seed2/{kind}"
         for target in ("1", "4"):
             assert {*table[run][target].index} == {*names, "module_size"}
             patched = load_patched(tmp_path / f"patched-{target}-{kind}.safetensors")
