@@ -43,7 +43,7 @@ def gather_rows(
     if not found: raise ValueError("no file and no folder to read rows from")
     return pandas.concat(found, ignore_index=True).drop_duplicates(ignore_index=True)
 
-# %% ../nbs/65_reports.ipynb #58238f5e
+# %% ../nbs/65_reports.ipynb #1ca8e47d
 OF_STAGES = ("keep_threshold", "sizes", "subtasks_per_size")  # say what was looked at, not what the network is
 
 
@@ -61,9 +61,12 @@ def label_systems(
     trained = {}  # run -> its settings: a stage's rows record those of the training as well
     for run, text in zip(rows["run"], rows["config"], strict=True): trained.setdefault(run, {}).update(known[text])
     shown = [name for name in ("model", "dataset") if own[name].nunique() > 1]
-    labels = [", ".join([row["system"], *(row[name] for name in shown),
-                         *(f"{name} {trained[row['run']][name]}" for name in settings[row["system"]]
-                           if name in trained[row["run"]])]) for row in own.to_dict("records")]
+    def label(row):
+        what = trained[row["run"]] | known[row["config"]]  # a stage may differ from another one of the same network
+        return ", ".join([row["system"], *(row[name] for name in shown),
+                          *(f"{name} {what[name]}" for name in settings[row["system"]] if name in what)])
+
+    labels = [label(row) for row in own.to_dict("records")]
     return rows.assign(label=labels)
 
 
