@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'AVERAGES', 'layer_indicator', 'directions_of', 'PairWeights', 'inverse', 'pair_weights', 'check_rows',
-           'one_hot', 'full_precision', 'join_rows', 'layer_cosines', 'mean_cosines', 'cosine_losses']
+           'one_hot', 'full_precision', 'join_rows', 'add_up', 'layer_cosines', 'mean_cosines', 'cosine_losses']
 
-# %% ../nbs/13_similarity.ipynb #13d6737e
+# %% ../nbs/13_similarity.ipynb #54dc424d
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import lru_cache
@@ -14,10 +14,13 @@ from math import inf
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
+from torch.autograd import Function
+from torch.distributed import ProcessGroup
 from torch.nn.functional import threshold
 
-# %% ../nbs/13_similarity.ipynb #9e405dc3
+# %% ../nbs/13_similarity.ipynb #d139261a
 def _blocks(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.block_diag(*(torch.ones(width, 1, dtype=dtype, device=device) for width in widths))
 
@@ -35,7 +38,7 @@ def layer_indicator(
     make = _blocks if torch.compiler.is_compiling() else _indicator # torch.compile does not look into caches
     return make(tuple(widths), dtype, torch.device(device))
 
-# %% ../nbs/13_similarity.ipynb #498444db
+# %% ../nbs/13_similarity.ipynb #f1a72117
 SHORTEST = 1e-12 # rows of this length or below count as zero rows
 
 def directions_of(
@@ -47,7 +50,7 @@ def directions_of(
     scale = squares.rsqrt()
     return rows * (scale @ layers.T), scale.detach().sign()
 
-# %% ../nbs/13_similarity.ipynb #7f0ff85e
+# %% ../nbs/13_similarity.ipynb #d353c00f
 AVERAGES = ("pairs", "classes")
 
 class PairWeights(NamedTuple):
@@ -56,14 +59,14 @@ class PairWeights(NamedTuple):
     member: Tensor # like sizes, for `S_c` before they are added up; 0 for classes without images
     between: Tensor # scalar, for the sum over ordered pairs of two classes; 0 if there is none
 
-# %% ../nbs/13_similarity.ipynb #c72bf2b6
+# %% ../nbs/13_similarity.ipynb #8d80c566
 def inverse(
     counts: Tensor, # any shape, whole numbers >= 0
 ) -> Tensor: # same shape
     "Divide 1 by each number; 0 gives 0 (ours)."
     return counts.reciprocal().nan_to_num(posinf=0.0)
 
-# %% ../nbs/13_similarity.ipynb #18bc6196
+# %% ../nbs/13_similarity.ipynb #9b9c0f2c
 def pair_weights(
     sizes: Tensor, # [C] or [1, C], float, images of each class in the batch
     average: str = "pairs", # "pairs" (the programs of MwT and MODA) or "classes" (the papers)
@@ -75,7 +78,7 @@ def pair_weights(
     else: within, member, votes = inverse(ordered) * inverse(paired.sum()), inverse(sizes), present
     return PairWeights(within, member, inverse((votes * (votes.sum() - votes)).sum()))
 
-# %% ../nbs/13_similarity.ipynb #94956bda
+# %% ../nbs/13_similarity.ipynb #f3fd9053
 def check_rows(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
     labels: Tensor, # [B], integer
@@ -94,7 +97,7 @@ def check_rows(
             raise ValueError(f"rows[{number}] must be real numbers [{len(labels)}, units], one row for each label, not "
                              f"{row.dtype} {list(row.shape)}; average feature maps over space first")
 
-# %% ../nbs/13_similarity.ipynb #f3e07023
+# %% ../nbs/13_similarity.ipynb #489d105c
 def one_hot(
     labels: Tensor, # [B], integer
     num_classes: int, # C
@@ -103,7 +106,7 @@ def one_hot(
     "Spread labels over columns without looking at their values on the host (ours)."
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(dtype)
 
-# %% ../nbs/13_similarity.ipynb #266cbc47
+# %% ../nbs/13_similarity.ipynb #70070541
 def full_precision(
     device: torch.device,
 ) -> torch.autocast | nullcontext: # a context manager
@@ -111,7 +114,7 @@ def full_precision(
     if not torch.amp.is_autocast_available(device.type): return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
-# %% ../nbs/13_similarity.ipynb #eaf321b4
+# %% ../nbs/13_similarity.ipynb #6f776f57
 def join_rows(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
 ) -> tuple[Tensor, Tensor]: # [B, K] in float32, or float64 if there is any; the layers' indicator [K, L]
@@ -120,29 +123,58 @@ def join_rows(
     joined = torch.cat(list(rows), 1).to(dtype)
     return joined, layer_indicator(tuple(row.shape[1] for row in rows), dtype, joined.device)
 
-# %% ../nbs/13_similarity.ipynb #7694ebda
+# %% ../nbs/13_similarity.ipynb #77fa4ce7
+class _AddUp(Function):
+    "Sum over processes, in the backward pass too"
+
+    @staticmethod
+    def forward(ctx, value, group):
+        ctx.group, value = group, value.clone()
+        dist.all_reduce(value, group=group)
+        return value
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+def add_up(
+    values: Sequence[Tensor], # of the same dtype; of the same shapes in every process
+    group: ProcessGroup, # who takes part
+) -> list[Tensor]: # the sums over the processes, of these shapes, with gradients
+    "Sum tensors over processes in one exchange (ours)."
+    total = _AddUp.apply(torch.cat([value.flatten() for value in values]), group)
+    parts = total.split([value.numel() for value in values])
+    return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
+
+# %% ../nbs/13_similarity.ipynb #e3977765
 def layer_cosines(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
     labels: Tensor, # [B], integer
     average: str = "pairs", # one of `AVERAGES`
     num_classes: int | None = None, # C; None reads the largest label, which waits for the device
+    group: ProcessGroup | None = None, # processes that hold a share of the batch each; None: this one has it all
 ) -> tuple[Tensor, Tensor, PairWeights]: # within [1, L], between [1, L], and the weights they were made with
     "Mean cosines of every layer from class sums; raises ValueError for shapes that do not fit (ours)."
     check_rows(rows, labels, average, num_classes)
+    if num_classes is None and group is not None: raise ValueError("processes need num_classes: each sees its labels")
     if num_classes is None: num_classes = max(1, int(labels.max()) + 1) if len(labels) else 1
     with full_precision(labels.device):
         joined, layers = join_rows(rows)
         directions, alive = directions_of(joined, layers)
         classes = one_hot(labels, num_classes, joined.dtype)
-        weights, members = pair_weights(classes.sum(0, keepdim=True), average), classes.T
-        sums = members @ directions
+        members = classes.T
+        sizes, sums, lengths = classes.sum(0, keepdim=True), members @ directions, members @ alive
+        if group is not None: sizes, sums, lengths = add_up([sizes, sums, lengths], group)
+        weights = pair_weights(sizes, average)
         squares = (sums * sums) @ layers # [C, L]
         total = weights.member @ sums # [1, K]
-        within = weights.within @ (squares - members @ alive)
+        within = weights.within @ (squares - lengths)
         between = ((total * total) @ layers - weights.member.square() @ squares) * weights.between
     return within, between, weights
 
-# %% ../nbs/13_similarity.ipynb #af1f3a91
+# %% ../nbs/13_similarity.ipynb #83334aff
 def mean_cosines(
     rows: Sequence[Tensor], # one [B, K_l] for each layer, any real dtype
     labels: Tensor, # [B], integer; images labelled outside 0..num_classes-1 take part in no pair
@@ -154,13 +186,14 @@ def mean_cosines(
     within, between, _ = layer_cosines(rows, labels, average, num_classes)
     return (within[0], between[0]) if per_layer else (within.mean(), between.mean())
 
-# %% ../nbs/13_similarity.ipynb #cefb7c2d
+# %% ../nbs/13_similarity.ipynb #942a8c76
 def cosine_losses(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
     labels: Tensor, # [B], integer
     average: str = "pairs", # one of `AVERAGES`
     num_classes: int | None = None, # C; None reads the largest label, which waits for the device
+    group: ProcessGroup | None = None, # processes that hold a share of the batch each; None: this one has it all
 ) -> tuple[Tensor, Tensor]: # 1 - within, and between; scalars, 0 where the batch has no such pair
     "Two losses that draw classes together and apart; ValueError for unfit shapes (MwT Eq. 4-5, MODA Eq. 3 and 5)."
-    within, between, weights = layer_cosines(rows, labels, average, num_classes)
+    within, between, weights = layer_cosines(rows, labels, average, num_classes, group)
     return weights.within.amax().sign() - within.mean(), between.mean() # the first is 0 without pairs, else 1

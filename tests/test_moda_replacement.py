@@ -298,11 +298,13 @@ def test_experiment_on_replacement(tmp_path):
                   "overfit_epoch": 4, "adaptation_epochs": "2", "study": "small"}
     run_notebook(EXPERIMENTS / "moda_replacement.ipynb", tmp_path / "x.ipynb", parameters)
     rows = read_rows(tmp_path / "rows.csv")
-    assert len(rows) == 6 * 2 * 2 * 2 and set(rows.classes) == {"5|6|7|8|9|1"} and set(rows.split) == {"test"}
+    assert len(rows) == 6 * 2 * (2 * 2 + 2) and set(rows.classes) == {"1"} and set(rows.split) == {"test"}
     settings = [json.loads(text) for text in rows.config]
-    assert {(s["weak_type"], s["inputs"], s["fed_with"]) for s in settings} == {
-        (weak, kind, fed) for weak in ("underfitted", "overfitted") for kind in ("raw", "standardised")
-        for fed in ("module", "own logit")}
+    ways = [(kind, fed) for kind in ("raw", "standardised") for fed in ("module", "own logit")]
+    ways += [("none", "patch"), ("none", "patch, range of all classes")]
+    assert {(s["weak"], s["inputs"], s["fed_with"]) for s in settings} == {
+        (weak, *way) for weak in ("underfitting", "overfitting") for way in ways}
+    assert set(rows[[s["inputs"] == "none" for s in settings]].system) == {"cnnsplitter"}
     with pytest.raises(NotebookFailed, match="no class '7'"):
         run_notebook(EXPERIMENTS / "moda_replacement.ipynb", tmp_path / "y.ipynb", parameters | {"targets": "7"})
 

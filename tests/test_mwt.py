@@ -328,13 +328,22 @@ def test_a_collapse_is_found_and_told():
     one_row = torch.cat([off[:1], on[1:]])
     assert [text.split(":")[0] for text in find_collapse(mask_health([one_row], torch.eye(4)[labels]))] == [
         "all-zero masks"]
-    objective = MwT(watch=3)
+    rows = {name: {term: value.item() for term, value in MwT()(answers, labels, {"a": masks})[1].items()}
+            for name, answers, masks in (("bad", logits, off), ("good", torch.eye(4)[labels], on))}
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        for _ in range(2): objective(logits, labels, {"a": off})
-        with pytest.raises(CollapseWarning, match="dead layers"): objective(logits, labels, {"a": off})
-        for _ in range(6): objective(torch.eye(4)[labels], labels, {"a": on})
-        for _ in range(6): MwT(watch=0)(logits, labels, {"a": off})
+        for epoch in (1, 2, 4): MwT(watch=3).end_epoch({"epoch": epoch} | rows["bad"])
+        with pytest.raises(CollapseWarning, match="dead layers"): MwT(watch=3).end_epoch({"epoch": 3} | rows["bad"])
+        MwT().end_epoch({"epoch": 1} | rows["good"])
+        MwT(watch=0).end_epoch({"epoch": 1} | rows["bad"])
+
+
+def test_a_run_that_collapses_says_so():
+    data = load_dataset("digits", image_size=16, device="cpu")
+    few = replace(data, train=data.train.select(range(64)))
+    model = add_mask_generators(network("vgg12")[0], data.example(), seed=0)
+    for generator in mask_generators(model).values(): nn.init.constant_(generator.kernels.bias, -50)
+    with pytest.warns(CollapseWarning, match="dead layers"): fit(model, few, Recording(MwT()), epochs=1, device="cpu")
 
 
 def test_weights_and_settings():

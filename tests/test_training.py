@@ -35,6 +35,7 @@ from modnb.training import (
     epoch_seed,
     evaluate,
     fit,
+    forward_pass,
     learning_rates,
     load_checkpoint,
     make_optimizer,
@@ -271,7 +272,8 @@ class CountsReads(TorchDispatchMode):
 def test_a_step_asks_the_device_for_nothing(few):
     model, knobs = make_net(), Settings(**KNOBS | dict(batch_size=8, channels_last=False, max_norm=1.0))
     optimizer = make_optimizer(model, knobs)
-    with CountsReads() as counter: run_epoch(Unobserved(model), CrossEntropy(), optimizer, few.train, knobs, 1)
+    forward = forward_pass(Unobserved(model), CrossEntropy(), knobs)
+    with CountsReads() as counter: run_epoch(forward, optimizer, few.train, knobs, 1)
     assert counter.reads == 0
     with CountsReads() as counter: torch.ones(3).sum().item()
     assert counter.reads == 1

@@ -6,7 +6,7 @@
 __all__ = ['FORMS', 'unit_activations', 'affinity_loss', 'dispersion_loss', 'image_weights', 'compactness', 'unsigned_sites',
            'MODA']
 
-# %% ../../nbs/40_moda_losses.ipynb #501c2f22
+# %% ../../nbs/40_moda_losses.ipynb #2aa9c8d3
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,7 +17,7 @@ from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, in
 from ..training import Objective
 from ..units import function_name, layer_of, observe, trace, unit_sites
 
-# %% ../../nbs/40_moda_losses.ipynb #7a8a9a0c
+# %% ../../nbs/40_moda_losses.ipynb #21361f30
 def unit_activations(
     activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
     signed: bool = True, # False: no entry is negative, as behind a ReLU, which saves half of the work
@@ -31,7 +31,7 @@ def unit_activations(
     else: total = activation.sum((2, 3), dtype=dtype)
     return total / activation.shape[2:].numel()
 
-# %% ../../nbs/40_moda_losses.ipynb #2889dcdd
+# %% ../../nbs/40_moda_losses.ipynb #fb2580d4
 def affinity_loss(
     rows: Sequence[Tensor], # one [B, K_l] for each layer, from `unit_activations`
     labels: Tensor, # [B], integer
@@ -41,7 +41,7 @@ def affinity_loss(
     "Measure how unlike the activations of one class are; ValueError for unfit shapes (MODA Eq. 5)."
     return cosine_losses(rows, labels, average, num_classes)[0]
 
-# %% ../../nbs/40_moda_losses.ipynb #03ef0b45
+# %% ../../nbs/40_moda_losses.ipynb #137eaad8
 def dispersion_loss(
     rows: Sequence[Tensor], # one [B, K_l] for each layer, from `unit_activations`
     labels: Tensor, # [B], integer
@@ -51,7 +51,7 @@ def dispersion_loss(
     "Measure how alike the activations of different classes are; ValueError for unfit shapes (MODA Eq. 3)."
     return cosine_losses(rows, labels, average, num_classes)[1]
 
-# %% ../../nbs/40_moda_losses.ipynb #6d8960b4
+# %% ../../nbs/40_moda_losses.ipynb #e26cbb45
 FORMS = ("mean", "l1")
 
 def image_weights(
@@ -64,7 +64,7 @@ def image_weights(
     weights = classes @ inverse(classes.sum(0))
     return weights * inverse(classes.amax(0).sum())
 
-# %% ../../nbs/40_moda_losses.ipynb #22675e4e
+# %% ../../nbs/40_moda_losses.ipynb #5fedda36
 def compactness(
     rows: Sequence[Tensor], # one [B, K_l] for each layer, from `unit_activations`
     labels: Tensor | None = None, # [B], integer; only "l1" looks at them
@@ -82,7 +82,7 @@ def compactness(
         if num_classes is None: num_classes = int(labels.max()) + 1
         return (image_weights(labels, num_classes, joined.dtype) @ joined.abs() @ layers).mean()
 
-# %% ../../nbs/40_moda_losses.ipynb #5dc2865b
+# %% ../../nbs/40_moda_losses.ipynb #12f997b0
 def unsigned_sites(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -91,7 +91,7 @@ def unsigned_sites(
     return {node.meta["site"] for node in trace(model, example).graph.nodes
             if isinstance(layer_of(node), nn.ReLU | nn.ReLU6) or function_name(node) in ("relu", "relu_", "relu6")}
 
-# %% ../../nbs/40_moda_losses.ipynb #4dc2d771
+# %% ../../nbs/40_moda_losses.ipynb #11b7b7f7
 class MODA(Objective):
     "Training for activation-driven modularity (MODA Eq. 7)."
 
@@ -137,7 +137,9 @@ class MODA(Objective):
         "Compute the loss of one batch, in nats."
         rows = [unit_activations(activation, site not in self._unsigned) for site, activation in observed.items()]
         classes = logits.shape[1]
-        together, apart = cosine_losses(rows, labels, self.average, classes)
+        if self._group is not None and self.compactness_form == "l1":
+            raise ValueError("compactness of form 'l1' averages by class, which processes do not share: use 'mean'")
+        together, apart = cosine_losses(rows, labels, self.average, classes, self._group)
         terms = {"cross_entropy": F.cross_entropy(logits, labels), "affinity": together, "dispersion": apart,
                  "compactness": compactness(rows, labels, self.compactness_form, classes)}
         weights = {"cross_entropy": 1.0, "affinity": self.affinity, "dispersion": self.dispersion,

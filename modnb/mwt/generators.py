@@ -7,7 +7,7 @@ __all__ = ['FORMS', 'PREFIX', 'Lift', 'MaskGenerator', 'maskable_sites', 'trace_
            'add_mask_generators', 'mask_generators', 'require_generators', 'generator_parameters', 'observe_masks',
            'remove_mask_generators', 'load_plain']
 
-# %% ../../nbs/30_mwt_generators.ipynb #be2d5867
+# %% ../../nbs/30_mwt_generators.ipynb #8791f06c
 import copy
 import math
 from itertools import zip_longest
@@ -18,7 +18,7 @@ from torch import Tensor, fx, nn
 from ..data import choose
 from ..units import CONV_LAYERS, layer_of, name_sites, observe, opaque, trace_graph, unit_sites
 
-# %% ../../nbs/30_mwt_generators.ipynb #85e03159
+# %% ../../nbs/30_mwt_generators.ipynb #c7719a73
 class Lift(nn.Module):
     "Raise the values of an image together until a share of them is positive (ours)."
 
@@ -39,7 +39,7 @@ class Lift(nn.Module):
 
 opaque(Lift)
 
-# %% ../../nbs/30_mwt_generators.ipynb #38f0556a
+# %% ../../nbs/30_mwt_generators.ipynb #db4fe695
 FORMS = ("released", "paper")
 
 class MaskGenerator(nn.Module):
@@ -75,10 +75,11 @@ class MaskGenerator(nn.Module):
         x: Tensor, # [B, C, H, W], or with another number of dimensions behind the channels
     ) -> Tensor: # soft mask [B, K], 0 to below 1
         "Look at the mean of each channel."
-        x = self.relu(self.hidden(x.flatten(2).mean(2)))
+        flat = x.flatten(2)
+        x = self.relu(self.hidden(flat.sum(2) / flat.shape[2])) # the gradient of a sum is a view, that of mean is not
         return self.gate(self.tanh(self.lift(self.kernels(x))))
 
-# %% ../../nbs/30_mwt_generators.ipynb #d4e0f77b
+# %% ../../nbs/30_mwt_generators.ipynb #d8bce60a
 def maskable_sites(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -91,7 +92,7 @@ def maskable_sites(
     what = f"only its first convolution '{next(iter(sites))}': pass first=True" if sites else "no convolution"
     raise ValueError(f"{type(model).__name__} has {what} whose kernels a mask could switch off")
 
-# %% ../../nbs/30_mwt_generators.ipynb #272f54fe
+# %% ../../nbs/30_mwt_generators.ipynb #c9a9d014
 def trace_for_both_modes(
     model: nn.Module, # keeps its modes
 ) -> fx.GraphModule: # shares layers and parameters with `model`
@@ -109,7 +110,7 @@ def trace_for_both_modes(
     graphs[1].training = model.training
     return graphs[1]
 
-# %% ../../nbs/30_mwt_generators.ipynb #38126d5e
+# %% ../../nbs/30_mwt_generators.ipynb #40a96b8d
 PREFIX = "mask_generators."
 
 def insert_generator(
@@ -128,7 +129,7 @@ def insert_generator(
         for _ in layer_of(conv).kernel_size: mask = graph.call_method("unsqueeze", (mask, -1))
     product.args = (node, mask)
 
-# %% ../../nbs/30_mwt_generators.ipynb #dca7836d
+# %% ../../nbs/30_mwt_generators.ipynb #0f139a6d
 def add_mask_generators(
     model: nn.Module, # left as it is: the modular model has copies of its layers and weights
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -155,7 +156,7 @@ def add_mask_generators(
         modular.config = config | {"mask_generators": form, "mask_first": first, "mask_floor": floor}
     return modular
 
-# %% ../../nbs/30_mwt_generators.ipynb #55c12ea5
+# %% ../../nbs/30_mwt_generators.ipynb #46144c43
 def mask_generators(
     model: nn.Module,
 ) -> dict[str, MaskGenerator]: # site -> its generator, in order of execution; empty for other models
@@ -173,7 +174,7 @@ def require_generators(
     raise ValueError(f"{type(model).__name__} has no mask generators: make it modular by "
                      "modnb.mwt.generators.add_mask_generators(model, example)")
 
-# %% ../../nbs/30_mwt_generators.ipynb #9af12e9e
+# %% ../../nbs/30_mwt_generators.ipynb #13a7bc78
 def generator_parameters(
     modular: nn.Module, # with mask generators
 ) -> int: # parameters that the plain network does not have
@@ -181,7 +182,7 @@ def generator_parameters(
     return sum(parameter.numel() for generator in require_generators(modular).values()
                for parameter in generator.parameters())
 
-# %% ../../nbs/30_mwt_generators.ipynb #db898fcf
+# %% ../../nbs/30_mwt_generators.ipynb #9ec32b54
 def observe_masks(
     modular: nn.Module, # in its current train or eval mode
 ) -> fx.GraphModule: # `forward(x)` returns `(logits, {site: soft mask [B, K]})`; shares all parameters with `modular`
@@ -194,7 +195,7 @@ def observe_masks(
     watched.recompile()
     return watched
 
-# %% ../../nbs/30_mwt_generators.ipynb #78c807fb
+# %% ../../nbs/30_mwt_generators.ipynb #08612c90
 def remove_mask_generators(
     modular: nn.Module, # left as it is
     into: nn.Module | None = None, # an instance of the plain architecture; its weights are replaced

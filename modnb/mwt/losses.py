@@ -6,7 +6,7 @@
 __all__ = ['PUBLISHED_WEIGHTS', 'cohesion_loss', 'coupling_loss', 'mask_health', 'find_collapse', 'published_weights',
            'CollapseWarning', 'MwT']
 
-# %% ../../nbs/31_mwt_losses.ipynb #eb39bc34
+# %% ../../nbs/31_mwt_losses.ipynb #aedfa20b
 import warnings
 from collections.abc import Sequence
 
@@ -19,7 +19,7 @@ from .generators import observe_masks
 from ..similarity import AVERAGES, cosine_losses, join_rows, one_hot
 from ..training import Objective
 
-# %% ../../nbs/31_mwt_losses.ipynb #a681101e
+# %% ../../nbs/31_mwt_losses.ipynb #f3fd969a
 def cohesion_loss(
     soft_masks: Sequence[Tensor], # one [B, K_l] for each masked layer
     labels: Tensor, # [B], integer
@@ -29,7 +29,7 @@ def cohesion_loss(
     "Measure how unlike the masks of one class are; ValueError for unfit shapes (MwT Eq. 4)."
     return cosine_losses(soft_masks, labels, average, num_classes)[0]
 
-# %% ../../nbs/31_mwt_losses.ipynb #b6718196
+# %% ../../nbs/31_mwt_losses.ipynb #e195f37a
 def coupling_loss(
     soft_masks: Sequence[Tensor], # one [B, K_l] for each masked layer
     labels: Tensor, # [B], integer
@@ -39,7 +39,7 @@ def coupling_loss(
     "Measure how alike the masks of different classes are; ValueError for unfit shapes (MwT Eq. 5)."
     return cosine_losses(soft_masks, labels, average, num_classes)[1]
 
-# %% ../../nbs/31_mwt_losses.ipynb #7cd06ffe
+# %% ../../nbs/31_mwt_losses.ipynb #c8eaa3cc
 def mask_health(
     soft_masks: Sequence[Tensor], # one [B, K_l] for each masked layer
     logits: Tensor, # [B, C]
@@ -52,7 +52,7 @@ def mask_health(
         return {"kernels_on": (on / layers.sum(0)).mean(), "empty_masks": (on == 0).float().mean(),
                 "dead_layers": (on.sum(0) == 0).float().mean(), "top_prediction": answers.max()}
 
-# %% ../../nbs/31_mwt_losses.ipynb #377ecfac
+# %% ../../nbs/31_mwt_losses.ipynb #49e9e3ff
 def find_collapse(
     row: dict[str, float], # of a history, or from `mask_health`
     most_empty: float = 0.01, # share of empty masks that is still healthy
@@ -68,7 +68,7 @@ def find_collapse(
         found.append(f"constant predictions: {share:.1%} of a batch get the same answer")
     return found
 
-# %% ../../nbs/31_mwt_losses.ipynb #29666f31
+# %% ../../nbs/31_mwt_losses.ipynb #68bf0043
 PUBLISHED_WEIGHTS = { # model and dataset -> w_cohesion, w_coupling (MwT Table 1)
     ("vgg16", "cifar10"): (0.5, 1.5), ("vgg16", "svhn"): (1.0, 2.0),
     ("resnet18", "cifar10"): (0.5, 1.5), ("resnet18", "svhn"): (1.3, 1.5),
@@ -84,11 +84,11 @@ def published_weights(
     together, apart = known[choose(f"{model} on {dataset}", list(known), "experiment of MwT")]
     return {"w_cohesion": together, "w_coupling": apart}
 
-# %% ../../nbs/31_mwt_losses.ipynb #cfe339f9
+# %% ../../nbs/31_mwt_losses.ipynb #7cd39d22
 class CollapseWarning(UserWarning):
     "Layers of a modular model are dead, or it has come to say always the same (ours)."
 
-# %% ../../nbs/31_mwt_losses.ipynb #aea32be4
+# %% ../../nbs/31_mwt_losses.ipynb #744f2ede
 class MwT(Objective):
     "Modular training: cross-entropy, cohesion loss and coupling loss (MwT Eq. 6)."
 
@@ -97,14 +97,13 @@ class MwT(Objective):
         w_cohesion: float = 0.5, # weight of the cohesion loss, MwT's alpha
         w_coupling: float = 1.5, # weight of the coupling loss, MwT's beta
         average: str = "pairs", # "pairs" (MwT's program) or "classes" (the paper)
-        watch: int = 100, # batches from one look for a collapse to the next; 0: never
+        watch: int = 1, # epochs from one look for a collapse to the next; 0: never
     ):
         for name, value in {"w_cohesion": w_cohesion, "w_coupling": w_coupling, "watch": watch}.items():
             if not 0 <= value < float("inf"): raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
         self.average = choose(average, AVERAGES, "average")
         self.w_cohesion, self.w_coupling = w_cohesion, w_coupling
         self._watch = watch # not public: it does not decide the weights, so a run may resume with another
-        self._seen, self._sums = 0, {}
 
     def prepare(
         self,
@@ -112,7 +111,6 @@ class MwT(Objective):
         example: Tensor, # of no effect
     ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
         "Make the soft masks visible; ValueError for a model without mask generators."
-        self._seen, self._sums = 0, {}
         return observe_masks(model)
 
     def __call__(
@@ -123,22 +121,16 @@ class MwT(Objective):
     ) -> tuple[Tensor, dict[str, Tensor]]: # the loss; its terms before weighting, and those of `mask_health`
         "Compute the loss of one batch, in nats."
         rows = list(observed.values())
-        together, apart = cosine_losses(rows, labels, self.average, logits.shape[1])
+        together, apart = cosine_losses(rows, labels, self.average, logits.shape[1], self._group)
         terms = {"cross_entropy": F.cross_entropy(logits, labels), "cohesion_loss": together, "coupling_loss": apart}
         loss = terms["cross_entropy"] + self.w_cohesion * together + self.w_coupling * apart
-        health = mask_health(rows, logits)
-        self.look(health)
-        return loss, terms | health
+        return loss, terms | mask_health(rows, logits)
 
-    def look(
+    def end_epoch(
         self,
-        health: dict[str, Tensor], # of a batch
+        row: dict[str, float], # of the history
     ) -> None:
-        "Warn of a collapse, from the mean over the last `watch` batches."
-        if not self._watch: return
-        self._seen += 1
-        self._sums = {name: self._sums.get(name, 0) + value for name, value in health.items()}
-        if self._seen % self._watch: return
-        found = find_collapse({name: float(value) / self._watch for name, value in self._sums.items()})
-        self._sums = {}
+        "Warn of a collapse, from the means over the epoch."
+        if not self._watch or row["epoch"] % self._watch: return
+        found = find_collapse(row)
         if found: warnings.warn(f"modular training is collapsing: {'; '.join(found)}", CollapseWarning, stacklevel=2)

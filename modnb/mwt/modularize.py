@@ -6,11 +6,13 @@
 __all__ = ['observe_use', 'used_kernels', 'passes', 'mask_statistics', 'mask_rates', 'modularize', 'sample_masks', 'check_masks',
            'measure', 'batch_modularity', 'Recording']
 
-# %% ../../nbs/32_mwt_modularize.ipynb #3bcefd62
+# %% ../../nbs/32_mwt_modularize.ipynb #3d0919ef
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
+from torch.distributed import ProcessGroup
 
 from ..data import Split, batches, images_per_class
 from ..masks import ModuleMasks, threshold_masks
@@ -21,7 +23,7 @@ from ..similarity import full_precision, one_hot
 from ..training import CrossEntropy, Objective, evaluating, home_of
 from ..units import observe
 
-# %% ../../nbs/32_mwt_modularize.ipynb #918cd98d
+# %% ../../nbs/32_mwt_modularize.ipynb #18e60d96
 def observe_use(
     model: nn.Module, # with or without mask generators, in its current mode
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -35,7 +37,7 @@ def used_kernels(
     "Tell which kernels an image uses: their mask, or some pixel of their map, is positive (MwT Sec. 3.2.1, 4.2)."
     return observed > 0 if observed.ndim == 2 else observed.flatten(2).amax(2) > 0
 
-# %% ../../nbs/32_mwt_modularize.ipynb #4357dca9
+# %% ../../nbs/32_mwt_modularize.ipynb #8393b514
 def passes(
     model: nn.Module, # keeps its mode and its BatchNorm statistics
     split: Split,
@@ -50,7 +52,7 @@ def passes(
         for images, labels in batches(split, batch_size, augment=augment, generator=generator):
             yield labels, network(images)[1]
 
-# %% ../../nbs/32_mwt_modularize.ipynb #a7c76b4f
+# %% ../../nbs/32_mwt_modularize.ipynb #1fd289c0
 def mask_statistics(
     model: nn.Module, # keeps its mode and its BatchNorm statistics
     split: Split, # training images
@@ -77,7 +79,7 @@ def mask_rates(
     "Count how often classes use kernels; ValueError for classes without images (MwT Sec. 3.3)."
     return mask_statistics(model, split, **options)[0]
 
-# %% ../../nbs/32_mwt_modularize.ipynb #990c8c13
+# %% ../../nbs/32_mwt_modularize.ipynb #8fe5293d
 def modularize(
     model: nn.Module, # trained; keeps its mode and its BatchNorm statistics
     split: Split, # training images of all classes
@@ -88,7 +90,7 @@ def modularize(
     "Find the kernels that each class needs; ValueError for bad arguments, classes without images (MwT Sec. 3.3)."
     return threshold_masks(mask_rates(model, split, **options), split.classes, keep_threshold, empty)
 
-# %% ../../nbs/32_mwt_modularize.ipynb #48b41006
+# %% ../../nbs/32_mwt_modularize.ipynb #1606cde0
 def sample_masks(
     model: nn.Module, # keeps its mode and its BatchNorm statistics
     split: Split,
@@ -99,7 +101,7 @@ def sample_masks(
              for _, observed in passes(model, split, **options)]
     return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
 
-# %% ../../nbs/32_mwt_modularize.ipynb #0041cce8
+# %% ../../nbs/32_mwt_modularize.ipynb #515869e8
 def check_masks(
     model: nn.Module, # with mask generators, or plain
     masks: ModuleMasks,
@@ -114,7 +116,7 @@ def check_masks(
         raise ValueError(f"these are masks of another model: they have {kernels} kernels at '{site}', and the model "
                          f"{there.get(site, 'no such masked site')}")
 
-# %% ../../nbs/32_mwt_modularize.ipynb #0d1b2563
+# %% ../../nbs/32_mwt_modularize.ipynb #6e10e715
 def measure(
     model: nn.Module, # keeps its mode and its BatchNorm statistics
     split: Split, # training images
@@ -128,7 +130,7 @@ def measure(
     return {"kernel_retention": kernel_retention(masks), "coupling": coupling(masks),
             "cohesion": cohesion(joined, split.labels.to(joined.device), masks)}
 
-# %% ../../nbs/32_mwt_modularize.ipynb #f4fe4a29
+# %% ../../nbs/32_mwt_modularize.ipynb #913cc1e4
 def batch_modularity(
     used: Tensor, # [B, K], bool, all sites side by side
     labels: Tensor, # [B]
@@ -141,7 +143,7 @@ def batch_modularity(
     found = {name: (similar * chosen).sum() / chosen.sum().clamp(min=1) for name, chosen in pairs.items()}
     return found | {"used_kernels": used.float().mean()}
 
-# %% ../../nbs/32_mwt_modularize.ipynb #801d3459
+# %% ../../nbs/32_mwt_modularize.ipynb #9e1caf7c
 class Recording(Objective):
     "An objective that also records how modular the batches of each epoch are (MwT Fig. 5)."
 
@@ -171,6 +173,21 @@ class Recording(Objective):
     ) -> None:
         "Tell the objective which epoch begins."
         self._objective.start_epoch(epoch, epochs)
+
+    def end_epoch(
+        self,
+        row: dict[str, Any], # of the history
+    ) -> None:
+        "Tell the objective how the epoch went."
+        self._objective.end_epoch(row)
+
+    def across(
+        self,
+        group: ProcessGroup | None, # processes that share a batch
+    ) -> Objective: # itself
+        "Tell the objective which processes share a batch."
+        self._objective.across(group)
+        return self
 
     def __call__(
         self,

@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'VARIANTS', 'subtask_columns', 'random_subtasks', 'add_head', 'Reuser', 'mean_masks', 'fold_masks',
            'renormalise', 'tune', 'fine_tune', 'fine_tune_selected_on_test', 'compare_reuse']
 
-# %% ../../nbs/33_mwt_reuse.ipynb #5023293e
+# %% ../../nbs/33_mwt_reuse.ipynb #a897766d
 import copy
 import math
 from collections import OrderedDict
@@ -28,7 +28,7 @@ from modnb.training import (
 )
 from ..units import NORM_LAYERS
 
-# %% ../../nbs/33_mwt_reuse.ipynb #fbc0640d
+# %% ../../nbs/33_mwt_reuse.ipynb #74f57c66
 def subtask_columns(
     classes: Iterable[str | int], # names or indices
     known: Iterable[str], # all class names, in order
@@ -53,7 +53,7 @@ def random_subtasks(
         found[tuple(chosen)] = [known[index] for index in chosen]
     return list(found.values())
 
-# %% ../../nbs/33_mwt_reuse.ipynb #2cbadce5
+# %% ../../nbs/33_mwt_reuse.ipynb #9cf580b3
 HEADS = ("rows", "paper", "released")
 
 def add_head(
@@ -69,7 +69,7 @@ def add_head(
         linear = nn.Linear(outputs, classes).to(next(module.parameters()))
     return nn.Sequential(OrderedDict(module=module, relu=nn.ReLU() if relu else nn.Identity(), linear=linear))
 
-# %% ../../nbs/33_mwt_reuse.ipynb #df567da8
+# %% ../../nbs/33_mwt_reuse.ipynb #a93c99a1
 class Reuser:
     "Makes small networks for sub-tasks of one modular model (MwT Sec. 3.4)."
 
@@ -143,7 +143,7 @@ class Reuser:
         anatomy = Anatomy(fold_masks(self.plain, factors), self.example)
         return self.named(anatomy.extract(self.masks.keep(columns), columns), columns)
 
-# %% ../../nbs/33_mwt_reuse.ipynb #bff37fc9
+# %% ../../nbs/33_mwt_reuse.ipynb #bd5c5573
 def mean_masks(
     statistics: tuple[dict[str, Tensor], dict[str, Tensor]], # frequencies and mean soft masks, from `mask_statistics`
     columns: list[int], # classes to average over
@@ -155,7 +155,7 @@ def mean_masks(
     return {site: total / (rates[site][columns].sum(0).clamp(min=1e-12) if when_on else len(columns))
             for site, total in sums.items()}
 
-# %% ../../nbs/33_mwt_reuse.ipynb #fa61a328
+# %% ../../nbs/33_mwt_reuse.ipynb #6df84deb
 def fold_masks(
     plain: nn.Module, # without generators; left as it is
     factors: dict[str, Tensor], # site -> [K], mean soft mask
@@ -173,7 +173,7 @@ def fold_masks(
             if layer.bias is not None: layer.bias.mul_(factor)
     return folded
 
-# %% ../../nbs/33_mwt_reuse.ipynb #10f7fce6
+# %% ../../nbs/33_mwt_reuse.ipynb #f8d5b5ca
 def renormalise(
     model: nn.Module, # its normalisation statistics are replaced; keeps its mode and all weights
     split: Split, # training images, of the sub-task
@@ -196,7 +196,7 @@ def renormalise(
         for norm, momentum in zip(norms, momenta, strict=True): norm.momentum = momentum
     return model
 
-# %% ../../nbs/33_mwt_reuse.ipynb #d65f4a92
+# %% ../../nbs/33_mwt_reuse.ipynb #11ee68d9
 def tune(
     model: nn.Module, # [B, 3, H, W] -> logits of the sub-task; changed, left in evaluation mode
     data: ImageData, # of the sub-task; `valid` chooses the epoch
@@ -221,7 +221,7 @@ def tune(
     finally: model.eval()
     return history
 
-# %% ../../nbs/33_mwt_reuse.ipynb #09e69664
+# %% ../../nbs/33_mwt_reuse.ipynb #b781f311
 def fine_tune(
     model: nn.Module, # a module; changed, left in evaluation mode
     data: ImageData, # of the sub-task: `data.subtask(classes)`
@@ -234,11 +234,12 @@ def fine_tune(
 ) -> History: # one row an epoch
     "Fine-tune a module, choosing the epoch by validation images; raises `ValueError` (MwT Sec. 3.4)."
     precision = default_precision(home_of(model, data.train.device))
-    settings = Settings(epochs, batch_size, lr, 0.9, True, 0.0, "cosine", "batch", augment, seed, precision, False,
-                        False, 1, None)
+    settings = Settings(epochs=epochs, batch_size=batch_size, lr=lr, momentum=0.9, nesterov=True, weight_decay=0.0,
+                        schedule="cosine", schedule_step="batch", augment=augment, seed=seed, precision=precision,
+                        channels_last=False, drop_last=False, evaluate_every=1, max_norm=None)
     return tune(model, data, settings, epochs, progress)
 
-# %% ../../nbs/33_mwt_reuse.ipynb #d777e1bf
+# %% ../../nbs/33_mwt_reuse.ipynb #e885801a
 def fine_tune_selected_on_test(
     model: nn.Module, # a module; changed, left in evaluation mode
     data: ImageData, # of the sub-task; its test images choose the epoch
@@ -250,11 +251,12 @@ def fine_tune_selected_on_test(
 ) -> History: # one row an epoch; "valid_accuracy" is that on the test images
     "Fine-tune as MwT's program does, which looks at test images: for comparison with its numbers alone."
     precision = default_precision(home_of(model, data.train.device))
-    settings = Settings(2 * epochs, batch_size, lr, 0.9, True, 0.0, "cosine", "epoch", True, seed, precision, False,
-                        False, 1, None)
+    settings = Settings(epochs=2 * epochs, batch_size=batch_size, lr=lr, momentum=0.9, nesterov=True,
+                        weight_decay=0.0, schedule="cosine", schedule_step="epoch", augment=True, seed=seed,
+                        precision=precision, channels_last=False, drop_last=False, evaluate_every=1, max_norm=None)
     return tune(model, replace(data, valid=data.test), settings, epochs, progress)
 
-# %% ../../nbs/33_mwt_reuse.ipynb #bfead13d
+# %% ../../nbs/33_mwt_reuse.ipynb #734dc0fb
 VARIANTS = ("standard", "modular", "with_generators", "untuned", "folded_mean", "folded", "renormalised",
             "folded_renormalised", "tuned")
 
