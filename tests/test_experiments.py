@@ -134,7 +134,7 @@ def test_cohesion_benchmark_compares_equals(tmp_path):
 
 
 def test_speed_benchmark_measures_every_way(tmp_path):
-    small = {"rounds": 1, "batch_size": 16, "models": "lenet5", "layer_counts": "2", "batch_sizes": "16", "images": 16,
+    small = {"rounds": 1, "batch_size": 16, "models": "vgg12", "layer_counts": "2", "batch_sizes": "16", "images": 16,
              "units": 8, "subtasks": "2", "class_counts": "4", "out": str(tmp_path)}
     run_notebook(EXPERIMENTS / "speed.ipynb", tmp_path / "speed.ipynb", small)
     rows = read_rows(tmp_path / "rows.csv")
@@ -142,7 +142,8 @@ def test_speed_benchmark_measures_every_way(tmp_path):
     ways = {f"{system}, {style}" for system in ("plain", "moda", "mwt") for style in ("ours", "published style")}
     assert set(times.index) == ways and (times > 0).all()
     operations = rows[rows.metric == "operations"].set_index("system").value
-    for system in ("moda", "mwt"): assert operations[f"{system}, ours"] < operations[f"{system}, published style"]
+    for system in ("moda", "mwt"):  # of a network with many layers; with two, the joined form has nothing to gain
+        assert operations[f"{system}, ours"] < operations[f"{system}, published style"]
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
