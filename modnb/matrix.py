@@ -10,7 +10,7 @@ __all__ = ['STUDY_KEYS', 'NOT_DECIDING', 'read_matrix', 'check_study', 'choose_s
 import re
 import shlex
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
@@ -59,8 +59,13 @@ def check_study(
         if knob in spec["train"]: raise ValueError(f"{where}: {knob!r} stands under 'vary' and under 'train'")
     spec["stages"] = {stage: settings or {} for stage, settings in spec["stages"].items()}
     for stage, settings in spec["stages"].items():
-        fits = isinstance(settings, dict) and isinstance(settings.get("only", {}), dict)
+        fits = isinstance(settings, dict) and isinstance(settings.get("only", {}), dict) \
+            and isinstance(settings.get("after", {}), dict)
         if not fits: raise ValueError(f"{where}: stage {stage!r} must be a mapping of parameters, not {settings!r}")
+        before = list(spec["stages"])[:list(spec["stages"]).index(stage)]
+        for earlier in settings.get("after", {}).values():
+            if earlier in before: continue
+            raise ValueError(f"{where}: stage {stage!r} is to come after {earlier!r}, which does not stand above it")
     for condition in spec["skip"]:
         if isinstance(condition, dict): continue
         raise ValueError(f"{where}: 'skip' must be a list of mappings, not {condition!r}")
@@ -102,6 +107,7 @@ class Cell:
     train: dict[str, Any]  # parameters of the training notebook
     stages: dict[str, dict[str, Any]]  # stage -> parameters of its notebook
     alone: tuple[str, ...] = ()  # stages that need no network but those that they train
+    after: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # stage -> stages that have to be done before it
 
     @property
     def needs_network(self) -> bool:
@@ -162,14 +168,21 @@ def study_cells(
                 if fits(whole, settings.get("only", {}))}
         alone = tuple(stage for stage, settings in here.items() if settings.pop("alone", False))
         stages = {stage: (train if stage in alone else {}) | settings for stage, settings in here.items()}
-        for settings in stages.values(): settings.pop("only", None)
-        cells.append(Cell(study, cell_name(train, varied), network, train, stages, alone))
+        name, after = cell_name(train, varied), {}
+        for stage, settings in stages.items():
+            settings.pop("only", None)
+            if not (earlier := settings.pop("after", {})): continue
+            if gone := next((other for other in earlier.values() if other not in stages), ""):
+                raise ValueError(f"study {study!r}: {name} has {stage!r}, but not {gone!r}, which it comes after")
+            after[stage] = tuple(earlier.values())
+            settings |= {parameter: f"{study}/{name}/{other}" for parameter, other in earlier.items()}
+        cells.append(Cell(study, name, network, train, stages, alone, after))
     names = [cell.name for cell in cells]
     same = next((name for name in names if names.count(name) > 1), None)
     if same: raise ValueError(f"study {study!r}: two runs would be called {same!r}; a list in 'vary' repeats a value")
     return cells
 
-# %% ../nbs/51_matrix.ipynb #3c76487b
+# %% ../nbs/51_matrix.ipynb #c4ddabeb
 def check_cells(
     cells: Iterable[Cell],  # from `study_cells`
     folder: str | Path,  # where train.ipynb and the stages' notebooks are
@@ -189,7 +202,7 @@ def check_cells(
             try: check_types(settings, declared[stage])
             except ValueError as error: raise ValueError(f"{where}: {error}") from None
 
-# %% ../nbs/51_matrix.ipynb #54d10b87
+# %% ../nbs/51_matrix.ipynb #f5973ad3
 def shell_words(
     parameters: Mapping[str, Any],  # name -> plain value
 ) -> str:  # e.g. "-p epochs 20 -p root '/my data'"

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'MASKED', 'SVHN', 'SIMPLE', 'TIMES', 'BY_MWT', 'BY_CNNSPLITTER', 'CAVEATS', 'PRINTED', 'HEADING',
-           'COLUMNS', 'CORRECTED', 'COMMON', 'TRAINING', 'UNRECORDED', 'OF_TRAINING', 'GPUS', 'TOLERANCE', 'MEASURED',
-           'bootstrap_interval', 'table_text', 'read_heading', 'concerns', 'caveats_of', 'line_label', 'read_published',
-           'published_tables', 'loss_weights', 'recipe', 'what_differs', 'prepare_rows', 'rows_for', 'missing_subtasks',
-           'measured', 'refuse_mixture', 'beside', 'side_by_side', 'number_text', 'beside_text']
+           'COLUMNS', 'CORRECTED', 'COMMON', 'TRAINING', 'FIVE_CLASSES', 'WEAK', 'REPLACED', 'UNRECORDED',
+           'OF_TRAINING', 'GPUS', 'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text', 'read_heading',
+           'concerns', 'caveats_of', 'line_label', 'read_published', 'published_tables', 'loss_weights', 'recipe',
+           'what_differs', 'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'measured',
+           'refuse_mixture', 'beside', 'side_by_side', 'number_text', 'beside_text']
 
 # %% ../nbs/62_published.ipynb #da0f1782
 import csv
@@ -287,13 +288,22 @@ def published_tables() -> Frame:  # columns paper, table, shows, numbers, caveat
 
 # %% ../nbs/62_published.ipynb #951a438a
 COMMON = {"width": (1,), "image_size": (0, 32), "train_limit": (0,), "test_limit": (0,), "augment": (True,),
-          "epochs": (200,), "batch_size": (128,)}
+          "epochs": (200,), "batch_size": (128,), "only_classes": ("",)}
 TRAINING = {  # paper -> settings of its training
     "mwt": COMMON | {"lr": (0.05,), "schedule": ("cosine",), "weight_decay": (0,), "valid": (0,)},
     "moda": COMMON | {"lr": (0.05,), "schedule": ("cosine",), "weight_decay": (0,), "valid": (0,)},
     "cnnsplitter": COMMON | {"lr": (0.01,), "schedule": ("steps",), "weight_decay": (0.0001,), "valid": (0.2,)},
 }
-UNRECORDED = {"compactness_form": "mean", "generators": "released"}  # what older rows do not have, as it was
+# CNNSplitter's networks for five digits
+FIVE_CLASSES = {"only_classes": ("0,1,2,3,4",), "population": (50,), "parents": (50,), "generations": (100,)}
+WEAK = {"recipe": ("released",), "weak_width": (1,), "weak_epochs": (0,), "weak_batch_size": (128,), "weak_lr": (0.01,),
+        "division": ("released",), "range_by": ("minmax",), "range_from": ("target",)}  # CNNSplitter's, before patching
+REPLACED = {"width": (1,), "strong_epochs": (200,), "strong_batch_size": (128,), "strong_lr": (0.05,),
+            "strong_schedule": ("cosine",), "dispersion": (1,), "keep_threshold": (0.9,), "weak_system": ("moda",),
+            "weak_image_share": (0.1,), "weak_epochs": (200,), "weak_batch_size": (128,), "weak_lr": (0.05,),
+            "underfit_epoch": (10,), "overfit_epoch": (195,)}  # MODA's weak and strong models
+# What older rows do not record, as it was
+UNRECORDED = {"compactness_form": "mean", "generators": "released", "only_classes": ""}
 OF_TRAINING = ("accuracy", "accuracy_loss", "training_time", "epoch_time", "epochs", "kernels", "multiply_adds",
                "cohesion_weight", "coupling_weight")
 GPUS = {"mwt": "A100", "moda": "V100"}  # what the times were measured on
@@ -334,6 +344,14 @@ def recipe(
     if size == "sub-tasks":
         wanted["subtasks_per_size"] = (151,) if dataset == "cifar100" else (0,)
         if dataset != "cifar100": wanted["sizes"] = ("2,3,4,5,6,7,8,9,10",)
+    if size == "all sub-tasks": wanted |= {"per_size": (0,), "confidence": (0.95,), "margin": (0.08,)}
+    if (system, paper, dataset) == ("cnnsplitter", "cnnsplitter", "svhn") and number["table"] in (2, 4, 5, 6):
+        wanted |= FIVE_CLASSES
+    if metric.startswith(("weak_", "patched_")): wanted |= WEAK
+    if metric in ("target_change", "other_change"):
+        adapted = {"adaptation_epochs": (20,), "inputs": ("raw",), "fed_with": ("module",)}
+        patched = {"fed_with": ("patch, range of all classes",)}
+        wanted = REPLACED | {"flip": wanted["flip"]} | (adapted if system == "moda" else patched)
     details = json.loads(number["details"] or "{}")
     return wanted | {name: (float(v),) if re.fullmatch(r"[\d.]+", v) else (v,) for name, v in details.items()}
 
@@ -374,21 +392,40 @@ def prepare_rows(
     kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known))
     return dict(list(kept.groupby(["system", "metric"])))
 
-# %% ../nbs/62_published.ipynb #9a15a638
+# %% ../nbs/62_published.ipynb #8cba47e0
+def all_subtasks_rows(
+    system: str,  # e.g. "moda"
+    metric: str,  # e.g. "composed_accuracy"
+    ready: Mapping[tuple[str, str], Frame],  # from `prepare_rows`
+) -> Frame | None:  # rows of single sub-tasks, and rows with the mean of all, those with `counted`; None: neither
+    "Select rows about all sub-tasks of two classes and more (ours)"
+    import pandas
+
+    parts = []
+    if (single := ready.get((system, metric))) is not None: parts.append(single[single["size"] >= 2])
+    whole, counts = ready.get((system, f"subtasks_{metric}")), ready.get((system, "subtasks"))
+    if whole is not None and counts is not None:
+        keys = ["study", "run", "config_hash"]
+        counts = counts.drop_duplicates(keys)[[*keys, "value"]].rename(columns={"value": "counted"})
+        parts.append(whole.merge(counts, on=keys))
+    return pandas.concat(parts, ignore_index=True) if parts else None
+
+# %% ../nbs/62_published.ipynb #1bba213c
 def rows_for(
     number: Mapping[str, Any],  # a line of `read_published`
     ready: Mapping[tuple[str, str], Frame],  # from `prepare_rows`
 ) -> Frame | None:  # those that answer the same question, whatever they were made with; None: there is none
     "Select rows by system, metric and size of the class set (ours)"
-    found = ready.get((number["system"], number["metric"]))
+    system, metric = number["system"], number["metric"]
+    if number["size"] == "sub-tasks": return all_subtasks_rows(system, metric, ready)
+    found = ready.get((system, metric))
     if found is None: return None
     if number["target"]: return found[found["classes"] == number["target"]]
     if number["size"] == "all": return found[found["classes"] == "all"]
-    if number["size"] == "sub-tasks": return found[found["size"] >= 2]
     exact = found[found["size"] == int(number["size"])]
     return found[found["classes"] == "all"] if number["size"] == "10" and not len(exact) else exact
 
-# %% ../nbs/62_published.ipynb #1bba213c
+# %% ../nbs/62_published.ipynb #a8efafc0
 def missing_subtasks(
     number: Mapping[str, Any],  # a line of `read_published`
     group: Frame,  # rows of one configuration
@@ -396,17 +433,28 @@ def missing_subtasks(
     "Say whether a run lacks sub-tasks of the published mean (ours)"
     wanted = {"sub-tasks": 14_697 if number["dataset"] == "cifar100" else 1_013}
     wanted = (wanted | dict.fromkeys("23456789", 10)).get(number["size"], 0)
-    fewest = group.groupby(["study", "run"])["classes"].nunique().min()
+    single = group["counted"].isna() if "counted" in group else group["classes"].notna()
+    fewest = group[single].groupby(["study", "run"])["classes"].nunique().min() if single.any() else wanted
+    if not single.all(): fewest = int(min(fewest, group["counted"].min()))
     return [f"{fewest:,} sub-tasks instead of {wanted:,}"] if fewest < wanted else []
 
-# %% ../nbs/62_published.ipynb #a8efafc0
+# %% ../nbs/62_published.ipynb #1f17c5a6
+def asked(
+    number: Mapping[str, Any],  # a line of `read_published`
+    group: Frame,  # rows of one configuration
+) -> dict[str, Any]:  # the line, with the size "all sub-tasks" where the rows are means over them
+    "Tell for which question rows were measured (ours)"
+    mean = str(group.iloc[0]["metric"]).startswith("subtasks_")
+    return dict(number) | ({"size": "all sub-tasks"} if mean else {})
+
+# %% ../nbs/62_published.ipynb #219019d3
 TOLERANCE = {  # unit -> (absolute, relative to the published value)
     "fraction": (0.01, 0.0), "percentage points": (1.0, 0.0), "count": (0.0, 0.01), "ratio": (0.0, 0.01),
     "multiply-adds": (0.0, 0.01), "seconds": (0.0, 0.1),
 }
 MEASURED = ("ours", "sd", "n", "min", "max", "low", "high", "difference", "tolerance", "inside", "differs")
 
-# %% ../nbs/62_published.ipynb #022af023
+# %% ../nbs/62_published.ipynb #d3fb574c
 def measured(
     group: Frame,  # rows of one configuration
     level: float,  # of the interval
@@ -420,7 +468,7 @@ def measured(
     return {"ours": float(values.mean()), "sd": spread, "n": len(values),
             "min": float(values.min()), "max": float(values.max()), "low": low, "high": high}
 
-# %% ../nbs/62_published.ipynb #1f17c5a6
+# %% ../nbs/62_published.ipynb #53b93652
 def refuse_mixture(
     table: str,  # for the message
     number: Mapping[str, Any],  # a line of `read_published`
@@ -437,7 +485,7 @@ def refuse_mixture(
                      f"configurations ({first['config_hash']}, {second['config_hash']}) would be mixed in one cell; "
                      f"they differ in {', '.join(differ)}. Leave one of them out.")
 
-# %% ../nbs/62_published.ipynb #219019d3
+# %% ../nbs/62_published.ipynb #87f5dbe1
 def beside(
     rows: Frame | Mapping,  # from `read_rows`, or from `prepare_rows` where many tables follow
     table: str,  # one of `TABLES`
@@ -465,7 +513,7 @@ def beside(
         found = None if average or number["reading"] == "superseded" else rows_for(number, ready)
         keys = ["model", "dataset", "config_hash"] + ["hardware"] * (number["unit"] == "seconds")
         groups = [] if found is None else [group for _, group in found.groupby(keys, sort=False)]
-        texts = [", ".join(what_differs(number, group.iloc[0], group.iloc[0]["settings"])
+        texts = [", ".join(what_differs(asked(number, group), group.iloc[0], group.iloc[0]["settings"])
                            + missing_subtasks(number, group)) for group in groups]
         alike = [group for group, text in zip(groups, texts, strict=True) if not text]
         refuse_mixture(table, number, alike)
@@ -481,7 +529,7 @@ def beside(
     columns = ["line", "system", "metric", "unit", "published", "published_sd", *MEASURED, "reading", "caveat"]
     return pandas.DataFrame(lines, columns=columns).astype({"n": int, "inside": "boolean"})
 
-# %% ../nbs/62_published.ipynb #4ac77eac
+# %% ../nbs/62_published.ipynb #012f67d9
 def side_by_side(
     rows: Frame,  # from `read_rows`
     **options: Any,  # of `beside`
@@ -490,7 +538,7 @@ def side_by_side(
     ready = prepare_rows(rows)
     return {name: beside(ready, name, **options) for name in TABLES}
 
-# %% ../nbs/62_published.ipynb #4ea35cdb
+# %% ../nbs/62_published.ipynb #8dbe3b66
 def number_text(
     value: float,  # NaN: empty
     unit: str,  # of METRICS
@@ -505,7 +553,7 @@ def number_text(
     endings = {"percentage points": " pp", "seconds": " s", "milliseconds": " ms"}
     return f"{value:{plus},.{2 if unit == 'percentage points' else 1}f}{endings.get(unit, '')}"
 
-# %% ../nbs/62_published.ipynb #69be1a16
+# %% ../nbs/62_published.ipynb #adee5988
 def beside_text(
     frame: Frame,  # from `beside`
     run_only: bool = False,  # leave out lines without a number of ours

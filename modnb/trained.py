@@ -37,12 +37,13 @@ def build_network(
 
 # %% ../nbs/63_trained.ipynb #0133cc7c
 def load_images(
-    knobs: Mapping[str, Any],  # dataset, root, image_size, valid, flip, train_limit and test_limit of `train.ipynb`
+    knobs: Mapping[str, Any],  # dataset, root, image_size, only_classes, valid, flip and limits of `train.ipynb`
     device: torch.device | str | None = None,  # where the images should be; None: the best there is
 ) -> ImageData:  # with as many images as the run saw
     "Load the images of a run; `ValueError` for unknown datasets or bad values (ours)"
     data = load_dataset(knobs["dataset"], root=knobs["root"] or None, image_size=knobs["image_size"] or None,
                         valid=knobs["valid"], flip=knobs["flip"], device=pick_device(device or None))
+    if names := knobs.get("only_classes"): data = data.subtask([name.strip() for name in names.split(",")])
     data.train, data.test = draw_images(data.train, knobs["train_limit"]), draw_images(data.test, knobs["test_limit"])
     return data
 

@@ -367,6 +367,8 @@ MWT = {"w_cohesion": 0.5, "w_coupling": 1.5, "generators": "released"}
 SEARCH = FULL | {"lr": 0.01, "schedule": "steps", "weight_decay": 1e-4, "valid": 0.2, "population": 100,
                  "generations": 200}
 MODA = {"affinity": 1.0, "dispersion": 1.0, "compactness": 0.3, "compactness_form": "mean"}
+WEAK = {"recipe": "released", "weak_width": 1.0, "weak_epochs": 0, "weak_batch_size": 128, "weak_lr": 0.01,
+        "division": "released", "range_by": "minmax", "range_from": "target"}
 
 
 def runs(values, metric="accuracy", system="mwt", model="vgg16", dataset="cifar10", classes=None, split="test",
@@ -525,10 +527,39 @@ def test_ten_classes_are_all():
 
 
 def test_targets():
-    config = SEARCH | {"weak": "simple"}
+    config = SEARCH | WEAK | {"weak": "simple"}
     rows = runs([0.8], "patched_precision", "cnnsplitter", "simcnn", classes=["cat"], config=config)
     found = cells(beside(frame(rows), "cnnsplitter_table3"))
     assert found.line.tolist() == ["simcnn cifar10, cat, weak simple"] and found.published.tolist() == [0.6477]
+    config |= {"weak_epochs": 10}
+    short = runs([0.8], "patched_precision", "cnnsplitter", "simcnn", classes=["cat"], config=config)
+    assert not len(cells(beside(frame(short), "cnnsplitter_table3"))), "another weak network"
+
+
+def test_networks_for_five_classes_have_their_own_recipe():
+    "CNNSplitter patched weak networks for digits with modules of networks that know five of them"
+    about = {"system": "cnnsplitter", "model": "simcnn", "dataset": "svhn", "classes": ["0"]}
+    config = SEARCH | WEAK | {"weak": "simple", "flip": True}
+    five = config | {"only_classes": "0,1,2,3,4", "population": 50, "parents": 50, "generations": 100}
+    for recorded, n in ((config, 0), (five, 1), (five | {"only_classes": ""}, 0)):
+        rows = runs([0.95], "patched_precision", **about, config=recorded)
+        assert len(cells(beside(frame(rows), "cnnsplitter_table4"))) == n, recorded
+
+
+def test_replaced_modules():
+    "MODA's second table has weak and strong models with settings of their own"
+    config = {"width": 1.0, "strong_epochs": 200, "strong_batch_size": 128, "strong_lr": 0.05,
+              "strong_schedule": "cosine", "dispersion": 1.0, "keep_threshold": 0.9, "flip": None,
+              "weak_system": "moda", "weak_model": "lenet5", "weak_image_share": 0.1, "weak_epochs": 200,
+              "weak_batch_size": 128, "weak_lr": 0.05, "underfit_epoch": 10, "overfit_epoch": 195,
+              "weak": "overfitting", "adaptation_epochs": 20, "inputs": "raw", "fed_with": "module"}
+    rows = lambda system, **changes: frame(runs([3.0], "target_change", system, "vgg16_4096", classes=["cat"],
+                                                config=config | changes))
+    patch = {"adaptation_epochs": 0, "inputs": "none", "fed_with": "patch, range of all classes"}
+    tried = (("moda", {}, 1), ("moda", {"inputs": "standardised"}, 0), ("moda", {"fed_with": "own logit"}, 0),
+             ("cnnsplitter", patch, 1), ("cnnsplitter", patch | {"fed_with": "patch"}, 0))
+    for system, changes, n in tried:
+        assert len(cells(beside(rows(system, **changes), "moda_table2"))) == n, (system, changes)
 
 
 def test_times_need_the_same_gpu():
