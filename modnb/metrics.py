@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
            'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'modules_weights',
-           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'count_flops', 'latency']
+           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap', 'count_flops', 'latency']
 
 # %% ../nbs/14_metrics.ipynb #9be80b3c
 import copy
@@ -241,6 +241,20 @@ def mean_overlap(
     return shared.triu(1).sum().item() / (len(shared) * (len(shared) - 1) / 2)
 
 # %% ../nbs/14_metrics.ipynb #9ea478cb
+def layer_overlap(
+    model: nn.Module,
+    masks: ModuleMasks, # of two classes at least
+    example: Tensor, # [B, C, H, W], only its shape matters
+) -> dict[str, float]: # layer -> fraction of its weights, mean over pairs; in order of the parameters
+    "Measure the share of each layer that pairs of modules have in common; ValueError for one class (MODA Sec. 5.2)."
+    if len(masks.classes) < 2: raise ValueError(f"pairs of modules are compared, and there is only {masks.classes}")
+    modules, sizes = modules_weights(model, masks, example), {n: p.numel() for n, p in model.named_parameters()}
+    kept = {name for weights in modules for name in weights}
+    names = [name for name in sizes if name in kept and name.endswith("weight") and model.get_parameter(name).dim() > 1]
+    return {name.removesuffix("weight").removesuffix("."):
+            mean_overlap(shared_entries([weights.get(name) for weights in modules])) / sizes[name] for name in names}
+
+# %% ../nbs/14_metrics.ipynb #b331e4e2
 def count_flops(
     model: nn.Module, # not changed
     example: Tensor, # [B, C, H, W], only its shape matters
@@ -259,7 +273,7 @@ def count_flops(
         analysis.unsupported_ops_warnings(False).uncalled_modules_warnings(False).tracer_warnings("none")
         return round(analysis.total() / 2)
 
-# %% ../nbs/14_metrics.ipynb #24beb543
+# %% ../nbs/14_metrics.ipynb #1b24952d
 def latency(
     model: nn.Module, # on the device to measure; keeps its mode
     example: Tensor, # [B, C, H, W], the batch to time; moved to the model's device beforehand
