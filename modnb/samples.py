@@ -23,7 +23,7 @@ def draw_subtasks(
     count: int,  # sub-tasks wanted; 0: all there are
     seed: int = 1,  # of the draw, shared by all runs of a comparison
 ) -> list[list[str]]:  # different sub-tasks, each in the order of `classes`
-    "Draw sub-tasks of one size; `ValueError` for a size that is not there (MODA Sec. 4.1)"
+    "Draw sub-tasks of one size; `ValueError` for a size that is not there (MODA Sec. 5.2)"
     if not 1 <= size <= len(classes): raise ValueError(f"a sub-task has 1 to {len(classes)} classes, not {size}")
     if not 0 < count < comb(len(classes), size): return [list(chosen) for chosen in combinations(classes, size)]
     random, drawn = Random(f"{seed}/{len(classes)}/{size}"), {}

@@ -148,7 +148,7 @@ def tournament(
     thresholds: Sequence[tuple[int, float]] = THRESHOLDS, # up to so many classes: accuracy that is kept
     best: Sequence[int] | Tensor | None = None, # [C], a combination that is kept in any case
 ) -> Tournament:
-    "Judge modules by their best combination; ValueError for arguments that do not fit (CNNSplitter Sec. 3.3.3)."
+    "Judge modules by their best combination; ValueError for unfit arguments (CNNSplitter Eq. 5, Sec. 3.3.3)."
     order = check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, best)
     classes, individuals, device = *outputs.shape[:2], outputs.device
     sizes = torch.bincount(labels, minlength=classes)[order].tolist()

@@ -396,7 +396,7 @@ def evaluate_subtasks(
     flops_mode: str | None = "train", # see `count_flops`; None: multiply-adds are not counted
     progress: bool | None = None, # bar on stderr; None: only on a terminal
 ) -> list[dict[str, Any]]: # one row a sub-task, in the order given
-    """Evaluate the whole and the composed networks on sub-tasks, without building these; raises ValueError (MODA RQ2).
+    """Evaluate whole and composed networks on sub-tasks, without building these; raises ValueError (MODA Sec. 5.2).
 
     A row has `classes` (names), `images`, `accuracy` of the whole model among these classes, `composed_accuracy`,
     `composed_size` and `composed_flops` (fractions of the whole model's), and `trunk`: rows with the same number have

@@ -249,7 +249,7 @@ def fine_tune_selected_on_test(
     seed: int = 0, # of order and augmentation
     progress: bool | None = None, # bar on stderr; None: only on a terminal
 ) -> History: # one row an epoch; "valid_accuracy" is that on the test images
-    "Fine-tune as MwT's program does, which looks at test images: for comparison with its numbers alone."
+    "Fine-tune with the epoch chosen by test images: for comparison with published numbers alone (MwT's program)."
     precision = default_precision(home_of(model, data.train.device))
     settings = Settings(epochs=2 * epochs, batch_size=batch_size, lr=lr, momentum=0.9, nesterov=True,
                         weight_decay=0.0, schedule="cosine", schedule_step="epoch", augment=True, seed=seed,
