@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Composer', 'compose', 'ParallelModules', 'compose_parallel', 'copy_module', 'pack_module', 'below', 'unpack_module',
-           'load_state', 'registered', 'save_module', 'load_module']
+           'load_state', 'registered', 'save_module', 'load_module', 'save_onnx']
 
 # %% ../nbs/15_compose.ipynb #c78bd179
 import copy
 import json
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from torch import nn
 
 from .data import class_indices
 from .extract import Anatomy
-from .files import UnreadableFile, load_tensors, save_tensors
+from .files import UnreadableFile, atomic_path, load_tensors, save_tensors
 from .masks import ModuleMasks
+from .training import evaluating, home_of
 
 # %% ../nbs/15_compose.ipynb #e66d87b9
 class Composer:
@@ -201,3 +203,25 @@ def load_module(
     "Read what `save_module` wrote; raises `UnreadableFile`, and `ValueError` where an architecture is missing (ours)"
     tensors, header = load_tensors(path, "module")
     return unpack_module(tensors, header, path, model).to(device)
+
+# %% ../nbs/15_compose.ipynb #66600cc9
+def save_onnx(
+    module: nn.Module,  # any network; `.classes`, if it has them, are kept as metadata
+    example: torch.Tensor,  # `[B, C, H, W]`; the batch may be of another size later
+    path: str | Path,
+    notes: dict[str, Any] | None = None,  # more metadata, such as mean and deviation of the pixels; written as JSON
+) -> None:
+    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing (ours)"
+    try: import onnx, onnxscript  # noqa: E401, F401
+    except ImportError as error:
+        raise ImportError("save_onnx needs two more packages: pip install onnx onnxscript") from error
+    images = example[:1].expand(2, *example.shape[1:]).to(home_of(module, example.device))  # 1 would be taken as fixed
+    options = {"input_names": ["images"], "output_names": ["scores"], "verbose": False, "external_data": False,
+               "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
+    with evaluating(module), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter warns about torch's own code
+        program = torch.onnx.export(module, (images,), dynamo=True, **options)
+    about = {"classes": getattr(module, "classes", None), **(notes or {})}
+    model = program.model_proto
+    onnx.helper.set_model_props(model, {name: json.dumps(value) for name, value in about.items()})
+    with atomic_path(path) as temporary: onnx.save(model, str(temporary))

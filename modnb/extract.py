@@ -7,7 +7,8 @@ __all__ = ['CPU', 'CHANNELWISE_LAYERS', 'CHANNELWISE_NAMES', 'SUM_NAMES', 'PRODU
            'RESHAPING_NAMES', 'Live', 'all_alive', 'EmptyModule', 'clone_layer', 'slice_rows', 'slice_dense', 'Rule',
            'Whole', 'Channelwise', 'Normalised', 'Dense', 'Grouped', 'Elementwise', 'Union', 'Product', 'Concat',
            'Part', 'Fold', 'Reshape', 'Size', 'Input', 'plain_layer', 'rule_of', 'check_keep', 'Plan', 'first_true',
-           'Builder', 'spread', 'KeptWeights', 'Anatomy', 'ChannelMask', 'extract', 'masked', 'kept_weights']
+           'Builder', 'spread', 'KeptWeights', 'Anatomy', 'ChannelMask', 'extract', 'masked', 'kept_weights',
+           'without_rule']
 
 # %% ../nbs/12_extract.ipynb #c1420c1c
 import copy
@@ -947,3 +948,14 @@ def kept_weights(
 ) -> dict[str, KeptWeights]:  # parameter name -> which of its entries stay
     "Which weights an extracted network would hold (ours)"
     return Anatomy(model, example).kept_weights(keep, outputs)
+
+# %% ../nbs/12_extract.ipynb #b0898be5
+def without_rule(
+    model: nn.Module,
+    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
+) -> dict[str, str]:  # site name -> class of the layer, or name of the function; in order of execution
+    "List the operations that no rule covers: extraction gives them all channels, dead ones as zeros (ours)"
+    rules = Anatomy(model, example).plan({}).rules
+    return {node.meta["site"]: function_name(node) if rule.layer is None else type(rule.layer).__name__
+            for node, rule in rules.items() if type(rule) is Whole and _tensors(node)
+            and isinstance(node.meta["shape"], tuple)}

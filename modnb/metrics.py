@@ -5,13 +5,18 @@
 # %% auto #0
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
            'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'modules_weights',
+<<<<<<< HEAD
            'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap', 'count_flops', 'latency']
+=======
+           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'count_flops', 'latency', 'count_weights',
+           'costs']
+>>>>>>> 9d2f6b5bc8cb5acfd1a90dcbf0fe05e712b792f4
 
 # %% ../nbs/14_metrics.ipynb #9be80b3c
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -295,3 +300,25 @@ def latency(
             times.append((time.perf_counter() - start) * 1000)
     times = torch.tensor(times)
     return {"median_ms": times.quantile(0.5).item(), "p95_ms": times.quantile(0.95).item()}
+
+# %% ../nbs/14_metrics.ipynb #6af288a1
+def count_weights(
+    model: nn.Module,
+) -> int: # parameters, shared ones once; the statistics of BatchNorm are none
+    "Count the weights of a network (all papers)."
+    return sum(parameter.numel() for parameter in model.parameters())
+
+def costs(
+    models: Mapping[str, nn.Module], # by name; each keeps its mode
+    example: Tensor, # [B, C, H, W], the batch to time
+    rounds: int = 10, # turns of all networks
+    repeats: int = 5, # timed runs of a network in each turn
+) -> dict[str, dict[str, float]]: # name -> "weights", "multiply_adds" of one image, and "median_ms" of the batch
+    "Compare what networks cost; ValueError for less than one turn, ImportError without fvcore (ours)."
+    if rounds < 1: raise ValueError(f"rounds must be >= 1, not {rounds}")
+    times: dict[str, list[float]] = {name: [] for name in models}
+    for _ in range(rounds):
+        for name, model in models.items():
+            times[name].append(latency(model, example, warmup=2, repeats=repeats)["median_ms"])
+    return {name: {"weights": count_weights(model), "multiply_adds": count_flops(model, example, mode="eval"),
+                   "median_ms": torch.tensor(times[name]).quantile(0.5).item()} for name, model in models.items()}

@@ -2,12 +2,14 @@
 
 import functools
 import itertools
+import json
+import sys
 
 import pytest
 import torch
 from torch import nn
 
-from modnb.compose import Composer, compose, load_module, save_module
+from modnb.compose import Composer, compose, load_module, save_module, save_onnx
 from modnb.extract import masked
 from modnb.files import UnreadableFile
 from modnb.masks import ModuleMasks
@@ -113,10 +115,20 @@ def test_masks_of_another_model():
 def test_onnx_export(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model, masks, x = parts("resnet18")
-    composed = compose(model, masks, [0, 4], x)
-    torch.onnx.export(composed, (x,), tmp_path / "m.onnx", dynamo=True, input_names=["images"], verbose=False,
-                      dynamic_shapes=({0: torch.export.Dim("batch")},))
+    composed = compose(model, masks, [0, 4], x).train()
+    save_onnx(composed, x[:1], tmp_path / "m.onnx", {"mean": [0.5]})
+    assert composed.training and [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
-    for images in (x, torch.randn(5, *x.shape[1:])):
-        found = torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+    about = {name: json.loads(text) for name, text in session.get_modelmeta().custom_metadata_map.items()}
+    assert about == {"classes": ["class 0", "class 4"], "mean": [0.5]}
+    composed.eval()
+    for images in (x[:1], torch.randn(5, *x.shape[1:])):
+        found = torch.from_numpy(session.run(["scores"], {"images": images.numpy()})[0])
         assert torch.allclose(found, composed(images), rtol=1e-3, atol=1e-5)
+
+
+def test_onnx_export_says_what_is_missing(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+        save_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "m.onnx")
+    assert not [*tmp_path.iterdir()]

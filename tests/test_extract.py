@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from modnb.compat import import_torchvision
-from modnb.extract import Anatomy, EmptyModule, extract, kept_weights, masked
+from modnb.extract import Anatomy, EmptyModule, extract, kept_weights, masked, without_rule
 from modnb.models import create_model, list_models
 from modnb.units import KINDS, NotTraceable, kind_of_sites, opaque, unit_axis, unit_sites
 
@@ -457,3 +457,24 @@ def test_outputs_that_do_not_exist(lenet):
     with pytest.raises(ValueError, match=r"\[6\] do not exist; the network has 6"):
         kept_weights(lenet[0], {}, lenet[1], outputs=[0, 6])
     with pytest.raises(EmptyModule, match="no column"): extract(lenet[0], {}, lenet[1], outputs=[])
+
+
+def test_operations_without_a_rule():
+    "None in a plain network; shuffling channels and mixing positions have none"
+    import_torchvision()
+    from torchvision import models
+
+    images = torch.zeros(1, 3, 64, 64)
+    for name in ("resnet18", "mobilenet_v3_small", "squeezenet1_1"):
+        assert without_rule(models.get_model(name, num_classes=3), images) == {}, name
+
+    class Mixing(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.norm, self.head = nn.Conv2d(3, 4, 1), nn.GroupNorm(2, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            a, b = self.norm(self.conv(x)).chunk(2, 1)
+            return self.head(torch.cat([a, b], 1).softmax(1).mean((2, 3)))
+
+    assert without_rule(Mixing(), images) == {"norm": "GroupNorm", "softmax": "softmax"}

@@ -15,7 +15,9 @@ from modnb.masks import ModuleMasks, threshold_masks
 from modnb.metrics import (
     accuracy,
     cohesion,
+    costs,
     count_flops,
+    count_weights,
     coupling,
     jaccard,
     kernel_retention,
@@ -260,6 +262,26 @@ def test_latency_reports_milliseconds_and_keeps_modes():
     assert calls == [(False, False)] * 6 and model.training and model[0].training
 
 
+def test_costs_times_networks_in_turns():
+    calls = []
+
+    class Named(nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            self.name, self.layer, self.tied = name, nn.Linear(3, 4), None
+
+        def forward(self, x):
+            calls.append(self.name)
+            return self.layer(x)
+
+    a, b = Named("a"), Named("b")
+    b.tied = b.layer
+    found = costs({"first": a, "second": b}, torch.zeros(2, 3), rounds=3, repeats=2)
+    assert calls[:24] == (["a"] * 4 + ["b"] * 4) * 3, "two runs to warm up, two that are timed"
+    assert [(row["weights"], row["multiply_adds"]) for row in found.values()] == [(16, 12)] * 2
+    assert count_weights(b) == 16 and all(row["median_ms"] > 0 for row in found.values()) and a.training
+
+
 @pytest.mark.parametrize("call, message", [
     (lambda: jaccard(torch.rand(2, 3)), "must be bool"),
     (lambda: jaccard(torch.ones(2, 3, dtype=torch.bool), torch.ones(2, 4, dtype=torch.bool)), r"bool \[N, 3\]"),
@@ -274,6 +296,7 @@ def test_latency_reports_milliseconds_and_keeps_modes():
     (lambda: kernel_retention(ModuleMasks({"a": draw_bits(0, 2, 3)}, ["x", "y"]), ["z"]), "x, y"),
     (lambda: count_flops(nn.Linear(2, 2), torch.zeros(1, 2), "test"), "train, eval"),
     (lambda: latency(nn.Linear(2, 2), torch.zeros(1, 2), repeats=0), "repeats >= 1"),
+    (lambda: costs({"a": nn.Linear(2, 2)}, torch.zeros(1, 2), rounds=0), "rounds must be >= 1"),
 ])
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call()
