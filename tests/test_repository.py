@@ -90,7 +90,8 @@ def test_package_imports_little():
 
 GROUND = ["compat", "data", "models", "training", "files", "testing", "locks"]
 METHODS = ["cnnsplitter", "mwt", "moda"]
-ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained", "reports", "commands"]
+ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained", "reports", "commands",
+         "explorer"]
 
 
 def floor(module: str) -> int:
