@@ -5,12 +5,8 @@
 # %% auto #0
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
            'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'modules_weights',
-<<<<<<< HEAD
-           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap', 'count_flops', 'latency']
-=======
-           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'count_flops', 'latency', 'count_weights',
-           'costs']
->>>>>>> 9d2f6b5bc8cb5acfd1a90dcbf0fe05e712b792f4
+           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap', 'count_flops', 'latency',
+           'count_weights', 'costs']
 
 # %% ../nbs/14_metrics.ipynb #9be80b3c
 import copy
@@ -301,7 +297,7 @@ def latency(
     times = torch.tensor(times)
     return {"median_ms": times.quantile(0.5).item(), "p95_ms": times.quantile(0.95).item()}
 
-# %% ../nbs/14_metrics.ipynb #6af288a1
+# %% ../nbs/14_metrics.ipynb #9a5e2262
 def count_weights(
     model: nn.Module,
 ) -> int: # parameters, shared ones once; the statistics of BatchNorm are none

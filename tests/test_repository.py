@@ -91,11 +91,7 @@ def test_package_imports_little():
 GROUND = ["compat", "data", "models", "training", "files", "testing", "locks"]
 METHODS = ["cnnsplitter", "mwt", "moda"]
 ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained", "reports", "commands",
-<<<<<<< HEAD
-         "sources"]
-=======
-         "explorer"]
->>>>>>> 8783be41b6b8a1bcd203ef001ed65d3ec9804a06
+         "sources", "explorer"]
 
 
 def floor(module: str) -> int:
