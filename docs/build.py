@@ -95,9 +95,8 @@ def cell_options(source: str) -> dict:
 
     found = {}
     for name, value in re.findall(r"^#\|[ \t]*([\w-]+):[ \t]+(.+?)[ \t]*$", source, re.MULTILINE):
-        try: found[name] = yaml.safe_load(value)
-        except yaml.YAMLError: found[name] = value
-        if not isinstance(found[name], bool): found[name] = str(found[name])
+        given = yaml.safe_load(value)  # as Quarto reads it
+        found[name] = given if isinstance(given, bool) else str(given)
     return found
 
 
