@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help demo results test lab docs readme clean
+.PHONY: help demo results test lab docs check-docs readme clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,7 +23,7 @@ help:
 	@echo 'make results  make demo anew, keep its rows in results/demo.csv and put its table in the README'
 	@echo 'make test     everything that is checked: style, exports, README, all notebooks, tests/'
 	@echo 'make lab      the notebooks in JupyterLab'
-	@echo 'make docs     the site, in _docs/'
+	@echo 'make docs     the site, in _docs/; make check-docs opens every page of it in a headless browser'
 	@echo 'make readme   README.md from nbs/index.ipynb'
 	@echo 'make clean    remove what can be built again; the environment and runs/ stay'
 	@echo
@@ -71,7 +71,13 @@ lab: .venv/.ready
 # nbdev's own commands would install Quarto system-wide where it is missing, so they are called only where it is there.
 docs: .venv/.ready readme
 	$(call say,'the site: _docs/index.html')
-	@if command -v quarto >/dev/null; then touch README.md && $(BIN)/nbdev_docs; else $(BIN)/python docs/build.py site; fi
+	@if command -v quarto >/dev/null; \
+		then $(BIN)/python docs/build.py sidebar && touch README.md && $(BIN)/nbdev_docs; \
+		else $(BIN)/python docs/build.py site; fi
+
+check-docs: .venv/.ready
+	$(call say,'every page of _docs/ in a headless Chromium or Chrome$(comma) at the width of a desk and of a phone')
+	$(BIN)/python tests/check_site.py
 
 readme: .venv/.ready
 	$(call say,'README.md from nbs/index.ipynb')

@@ -1,9 +1,14 @@
-"""Builds README.md and, where Quarto is not installed, the site. Run as `python docs/build.py readme|site|refresh`.
+"""Builds README.md, the site where Quarto is not installed, and the sidebar for Quarto where it is.
 
-nbdev does its own part (documentation of the exported definitions, links between them, hidden cells) by its Python
-functions. Its commands `nbdev_docs` and `nbdev_readme` would install Quarto system-wide, so they are not called.
+    python docs/build.py readme|site|sidebar|refresh
+
+nbdev does a part of it (links to definitions, hidden cells) by its Python functions. Its commands `nbdev_docs` and
+`nbdev_readme` would install Quarto system-wide, so they are not called from here.
 """
 
+import ast
+import json
+import posixpath
 import re
 import shutil
 import subprocess
@@ -12,44 +17,107 @@ from configparser import ConfigParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(Path(__file__).parent))
+
+from definitions import cell_markdown  # noqa: E402
+from pages import NBS, ROOT, groups, heading, page_name, pages, quarto_sidebar  # noqa: E402
+
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
 HOME = SETTINGS["DEFAULT"]["doc_host"] + SETTINGS["DEFAULT"]["doc_baseurl"]
 FILES = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
-SITE = re.compile(rf"\({re.escape(HOME)}/(?P<page>[\w/]+)\.html(?P<anchor>#[\w.-]+)?\)")  # links made by nbdev
-LINK = re.compile(r"\((?P<folder>[\w/.-]*?)(?P<name>[\w-]+)\.ipynb(?P<anchor>#[\w.-]+)?\)")
-CALLOUT = re.compile(r"^:::\s*\{\.callout-(?P<kind>\w+)[^}]*\}", re.MULTILINE)
+LINK = re.compile(r"\]\((?P<path>[^()\s#]*)(?P<anchor>#[^()\s]*)?\)")
+CALLOUT = re.compile(r"^:::+ *\{ *\.callout-(?P<kind>\w+)(?P<options>[^}]*)\} *\n+(?:#+ +(?P<title>.+)\n+)?", re.M)
+DIV = re.compile(r"^:::+ *\{ *[.#].*\} *$", re.MULTILINE)
+PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif")
 
 
-def page_name(path: Path) -> str:
-    "What a notebook is called on the site: without the number that sorts it"
-    return re.sub(r"^\d+[a-z]?_", "", path.stem)
+# One notebook, prepared by nbdev
 
 
-def pages() -> dict[str, Path]:
-    "Every page of the site and the notebook it comes from, relative to nbs/, in reading order"
-    notebooks = sorted(p.relative_to(ROOT / "nbs") for p in (ROOT / "nbs").rglob("*.ipynb"))
-    shown = [p for p in notebooks if not any(part.startswith(("_", ".")) for part in p.parts)]
-    return {(p.parent / page_name(p)).as_posix(): p for p in shown}
+class ShowExports:
+    "A processor of nbdev: an exported cell becomes the documentation of what it defines"
+
+    def __init__(self, nb): self.module = module_file(nb)
+
+    def __call__(self, cell):
+        if cell.cell_type != "code" or not {"export", "exports"} & set(cell.directives_): return
+        if "hide" in cell.directives_ or cell.directives_.get("include:") == ["false"]: return
+        text = cell_markdown(without_directives(cell.source), lambda name: source_line(self.module, name))
+        if not text: return
+        cell.cell_type, cell.directives_ = "markdown", {}
+        cell.set_source(text)
+        for key in ("outputs", "execution_count"): cell.pop(key, None)
 
 
-def process(source: Path, destination: Path) -> None:
-    "Let nbdev prepare one notebook for reading"
-    from nbdev.processors import FilterDefaults
-    from nbdev.serve_drv import main
+def module_file(notebook: dict) -> Path | None:
+    "The module that a notebook exports to"
+    for cell in notebook["cells"]:
+        name = cell["cell_type"] == "code" and (getattr(cell, "directives_", None) or {}).get("default_exp")
+        if name: return Path("modnb", *name[0].split(".")).with_suffix(".py")
+    return None
 
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    main((source, destination, FilterDefaults))
+
+def source_line(module: Path | None, name: str) -> str:
+    "Address of a definition in the repository; empty where it is not exported"
+    if module is None or not (ROOT / module).exists(): return ""
+    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+        if getattr(node, "name", None) == name: return f"{FILES}/{module.as_posix()}#L{node.lineno}"
+    return ""
 
 
-def front_matter(text: str) -> str:
-    "Title and subtitle as Markdown, from the front matter that nbdev made of them"
+def process(source: Path) -> dict:
+    "One notebook after nbdev: hidden cells gone, names of definitions linked, exports documented"
+    import nbformat
+    from execnb.nbio import read_nb
+    from nbdev import processors as by
+    from nbdev.process import NBProcessor
+
+    steps = [by.populate_language, by.strip_ansi, by.hide_line, by.filter_stream_, by.rm_header_dash, ShowExports,
+             by.rm_export, by.clean_magics, by.hide_, by.add_links, by.strip_hidden_metadata]
+    processor = NBProcessor(nb=read_nb(source), procs=steps, process=True)
+    cells = [{k: v for k, v in cell.items() if not k.endswith("_")} for cell in processor.nb.cells]
+    notebook = {"cells": cells, "metadata": {"language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
+    return nbformat.reads(json.dumps(notebook), 4)  # joins the lines of texts that nbdev left as lists
+
+
+def without_directives(source: str) -> str:
+    "Code without the lines that speak to nbdev and Quarto"
+    return re.sub(r"^#\|.*\n?", "", source, flags=re.MULTILINE).strip("\n")
+
+
+# From Quarto's Markdown and cell options to those of Sphinx
+
+
+def cell_options(source: str) -> dict:
+    "What the directives of a cell ask for: `#| fig-alt: Two bars` is {'fig-alt': 'Two bars'}"
     import yaml
 
-    fields = yaml.safe_load(text.strip().strip("-")) or {}
-    parts = [f"# {fields.get('title', '')}", f"*{fields['description'].strip()}*" if fields.get("description") else ""]
-    return "\n\n".join(filter(None, parts))
+    found = {}
+    for name, value in re.findall(r"^#\|[ \t]*([\w-]+):[ \t]+(.+?)[ \t]*$", source, re.MULTILINE):
+        given = yaml.safe_load(value)  # as Quarto reads it
+        found[name] = given if isinstance(given, bool) else str(given)
+    return found
+
+
+def convert_text(text: str) -> str:
+    "Callouts and references in the words of MyST"
+    def callout(found: re.Match) -> str:
+        named = re.search(r'title="([^"]+)"', found["options"])
+        title = found["title"] or (named and named[1])
+        return f":::{{admonition}} {title}\n:class: {found['kind']}\n\n" if title else f":::{{{found['kind']}}}\n"
+
+    text = CALLOUT.sub(callout, text)
+    text = re.sub(r"(?<![\w`])@(fig-[\w-]+)", r"[](#\1)", text)
+    if unknown := DIV.search(text): raise ValueError(f"only callouts are known here: {unknown[0]}")
+    return text
+
+
+def front_matter(text: str, notebook: Path) -> str:
+    "The title, and the subtitle as a paragraph in italics"
+    title, subtitle = heading(notebook)
+    rest = re.sub(r"\A# .+\n+(?:>.*\n?)*", "", text).strip()
+    return "\n\n".join(filter(None, [f"# {title}", f"*{subtitle}*" if subtitle else "", rest]))
 
 
 def markdown_output(cell: dict) -> str:
@@ -58,125 +126,195 @@ def markdown_output(cell: dict) -> str:
     return "\n\n".join("".join(text) for text in texts).strip()
 
 
+def has_picture(cell: dict) -> bool:
+    "Whether a cell shows a picture"
+    return any(kind.startswith("image/") for o in cell.get("outputs", []) for kind in o.get("data", {}))
+
+
 def convert_cell(cell: dict) -> dict | None:
-    "A cell without Quarto's directives: they become plain Markdown, or tags; None for a cell that is not shown"
-    if cell["cell_type"] == "raw": return markdown_cell(front_matter(cell["source"]))
+    "A cell without directives: they became plain Markdown, tags or options of a figure; None for one that is not shown"
+    from nbformat.v4 import new_markdown_cell
+
+    if cell["cell_type"] == "raw": return None
     if cell["cell_type"] == "markdown":
-        if cell["source"].startswith("<!-- WARNING"): return None
-        cell["source"] = CALLOUT.sub(r":::{\g<kind>}", cell["source"])
+        cell["source"] = convert_text(cell["source"])
         return cell
-    options = dict(re.findall(r"^#\|\s*([\w-]+):\s*(\S+)", cell["source"], re.MULTILINE))
-    cell["source"] = re.sub(r"^#\|.*\n?", "", cell["source"], flags=re.MULTILINE).strip("\n")
-    if options.get("include") == "false": return None
-    if options.get("output") == "asis": return markdown_cell(plain_documentation(markdown_output(cell)))
-    tags = [tag for option, tag in (("echo", "remove-input"), ("code-fold", "hide-input"), ("output", "remove-output"))
-            if options.get(option) == ("true" if option == "code-fold" else "false")]
+    options = cell_options(cell["source"])
+    cell["source"] = without_directives(cell["source"])
+    if options.get("include") is False: return None
+    texts = [o for o in cell["outputs"] if "text/markdown" in o.get("data", {})]
+    only_text = options.get("echo") is False and texts and len(texts) == len(cell["outputs"])
+    if options.get("output") == "asis" or only_text: return new_markdown_cell(markdown_output(cell))
+    tags = [tag for option, value, tag in (("echo", False, "remove-input"), ("code-fold", True, "hide-input"),
+                                           ("output", False, "remove-output")) if options.get(option) is value]
     if tags: cell["metadata"]["tags"] = tags
+    figure = {new: options[old] for old, new in (("fig-cap", "caption"), ("label", "name")) if options.get(old)}
+    shown = {"image": {"alt": text}} if (text := options.get("fig-alt") or options.get("fig-cap")) else {}
+    if figure and has_picture(cell): shown["figure"] = figure
+    if shown: cell["metadata"]["mystnb"] = shown
     return cell
 
 
-def plain_documentation(text: str) -> str:
-    "The documentation of a definition without the parts that only Quarto understands"
-    text = re.sub(r"^---\n", "", text)
-    return re.sub(r"\{target=[^}]*\}", "", text)
+def plain(text: str) -> str:
+    "The last paragraph of a text without its markup, as far as an alternative text should go"
+    words = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`$]", r"\1", text.strip().split("\n\n")[-1])
+    return " ".join(words.split())[:300]
 
 
-def markdown_cell(source: str) -> dict:
-    from nbformat.v4 import new_markdown_cell
-
-    return new_markdown_cell(source)
-
-
-def convert_notebook(source: Path, page: str) -> dict:
-    "One notebook, ready for Sphinx or nbconvert; `source` was processed by nbdev"
-    import nbformat
-
-    notebook = nbformat.read(source, 4)
-    notebook.cells = [cell for cell in map(convert_cell, notebook.cells) if cell is not None]
-    notebook.metadata.pop("widgets", None)
-    if page == "index": return notebook
-    return link_pages(notebook, "../" * page.count("/"))
+def describe_pictures(cells: list[dict]) -> int:
+    "Give pictures without a text of their own the paragraph in front of them; the number of those"
+    said, missing = "", 0
+    for cell in cells:
+        if cell["cell_type"] == "markdown": said = cell["source"]
+        elif has_picture(cell) and "image" not in cell["metadata"].get("mystnb", {}):
+            cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": plain(said) or "Figure"}
+            missing += 1
+    return missing
 
 
-def link_pages(notebook: dict, up: str) -> dict:
-    "Point the links in texts and in Markdown outputs to pages of this site"
-    for cell in notebook.cells:
-        if cell["cell_type"] == "markdown": cell["source"] = site_links(cell["source"], up)
+def convert_notebook(notebook: Path) -> dict:
+    "One notebook, ready for Sphinx or nbconvert; its links are still those of the notebook"
+    converted = process(NBS / notebook)
+    converted.cells = [cell for cell in map(convert_cell, converted.cells) if cell is not None]
+    first = next((cell for cell in converted.cells if cell["cell_type"] == "markdown"), None)
+    if first: first["source"] = front_matter(first["source"], notebook)
+    return converted
+
+
+# Links
+
+
+def site_link(path: str, anchor: str, notebook: Path, suffix: str = ".ipynb") -> str:
+    "Where a link of a notebook leads on the site: to a page, to a picture, or to a file in the repository"
+    known, up = pages(), "../" * (len(notebook.parts) - 1)
+    if path.startswith(HOME + "/") and (page := path.removeprefix(HOME + "/").removesuffix(".html")) in known:
+        return f"{up}{page}{suffix}{anchor}"
+    if not path or re.match(r"[a-z]+:", path): return path + anchor
+    target = Path(posixpath.normpath((notebook.parent / path).as_posix()))
+    if target in known.values(): return f"{up}{page_name(target)}{suffix}{anchor}"
+    if target.suffix in PICTURES and target.parts[0] != "..": return path
+    inside = posixpath.normpath(f"nbs/{target.as_posix()}")
+    return f"{FILES}/{inside}{anchor}" if (ROOT / inside).exists() else path + anchor
+
+
+def site_links(text: str, notebook: Path, suffix: str = ".ipynb") -> str:
+    "A text of a notebook with the links that it has on the site"
+    return LINK.sub(lambda m: f"]({site_link(m['path'], m['anchor'] or '', notebook, suffix)})", text)
+
+
+def link_pages(converted: dict, notebook: Path) -> None:
+    "Point the links in texts and in Markdown outputs to pages of the site; Sphinx resolves those of texts only"
+    for cell in converted.cells:
+        if cell["cell_type"] == "markdown": cell["source"] = site_links(cell["source"], notebook)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "text/markdown" in data: data["text/markdown"] = site_links("".join(data["text/markdown"]), up)
-    return notebook
+            if "text/markdown" in data:
+                data["text/markdown"] = site_links("".join(data["text/markdown"]), notebook, ".html")
 
 
-def site_links(text: str, up: str) -> str:
-    "Links to pages of the site, and to files of the repository; `up` leads from the page to the top"
-    known = pages()
-    text = re.sub(rf"\]\({re.escape(up)}\.\./([^)]+)\)", rf"]({FILES}/\1)", text)
-    text = SITE.sub(lambda m: f"({up}{m['page']}.ipynb{m['anchor'] or ''})" if m["page"] in known else m[0], text)
-    return LINK.sub(lambda m: f"({m['folder']}{page_name(Path(m['name']))}.ipynb{m['anchor'] or ''})", text)
+def readme_link(path: str) -> str:
+    "Where a link of the index leads when seen from the top folder"
+    if path.startswith(HOME + "/") and (page := path.removeprefix(HOME + "/").removesuffix(".html")) in pages():
+        return f"nbs/{pages()[page].as_posix()}"
+    if not path or re.match(r"[a-z]+:", path): return path
+    return posixpath.normpath(f"nbs/{path}")
 
 
 def readme_links(text: str) -> str:
-    "Links of the index as seen from the top folder"
-    known = pages()
-    text = SITE.sub(lambda m: f"(nbs/{known[m['page']].as_posix()})" if m["page"] in known else m[0], text)
-    local = re.compile(r"\]\((?![a-z]+:|#|nbs/)(?P<path>[^)]+)\)")
-    return local.sub(lambda m: "](" + re.sub(r"^nbs/\.\./", "", f"nbs/{m['path']}") + ")", text)
+    "Links of the index as seen from the top folder; GitHub knows no anchors inside notebooks"
+    def local(found: re.Match) -> str:
+        anchor = "" if found["path"].startswith(HOME) else found["anchor"] or ""
+        return f"]({readme_link(found['path'])}{anchor})"
+
+    return LINK.sub(local, text)
+
+
+# Products
 
 
 def readme_text() -> str:
     "README.md: the index, processed by nbdev, as Markdown"
     from nbconvert import MarkdownExporter
 
-    with TemporaryDirectory() as folder:
-        processed = Path(folder) / "index.ipynb"
-        process(ROOT / "nbs/index.ipynb", processed)
-        notebook = convert_notebook(processed, "index")
+    notebook = convert_notebook(Path("index.ipynb"))
     notebook.cells = [cell for cell in notebook.cells if cell["source"].strip() or cell.get("outputs")]
-    notebook.metadata["language_info"] = {"name": "python"}
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     text, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]: raise ValueError("README: the index must show pictures by a link to a file, not as output")
     return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
 
 
-def build_site() -> None:
-    "Convert all notebooks and let Sphinx make _docs/ of them"
-    import nbformat
+def origin(notebook: Path, module: Path | None) -> str:
+    "A line that says which files a page is made from"
+    files = [f"nbs/{notebook.as_posix()}", *([module.as_posix()] if module else [])]
+    return '<p class="origin">' + " · ".join(f'<a href="{FILES}/{file}">{file}</a>' for file in files) + "</p>"
 
+
+def write_page(page: str, notebook: Path, source: Path) -> int:
+    "Write one page for Sphinx; the number of its pictures without a text of their own"
+    import nbformat
+    from execnb.nbio import read_nb
+    from nbdev.process import NBProcessor
+
+    converted = convert_notebook(notebook)
+    missing = describe_pictures(converted.cells)
+    link_pages(converted, notebook)
+    for cell in converted.cells:
+        if cell["cell_type"] == "markdown" and "|---" in cell["source"].replace(" ", ""):
+            cell["source"] = mark_numbers(cell["source"])
+    if page == "index": converted.cells.append(nbformat.v4.new_markdown_cell(toctrees()))
+    else:
+        module = module_file(NBProcessor(nb=read_nb(NBS / notebook), rm_directives=False).nb)
+        first = next(cell for cell in converted.cells if cell["cell_type"] == "markdown")
+        first["source"] = re.sub(r"\A(# .+(?:\n\n\*.+\*)?)", rf"\1\n\n{origin(notebook, module)}", first["source"])
+    target = source / f"{page}.ipynb"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    nbformat.write(converted, target)
+    return missing
+
+
+def mark_numbers(text: str) -> str:
+    "Tables of numbers in a container of their own, in which no number is broken"
+    def wrap(found: re.Match) -> str:
+        cells = [c.strip() for row in found[0].strip().split("\n")[2:] for c in row.strip("|").split("|")[1:]]
+        filled = [c for c in cells if c]
+        numbers = [c for c in filled if re.match(r"[-+]?[\d.]", c)]
+        if len(numbers) * 2 < len(filled) or not filled: return found[0]
+        return f"::::{{container}} numbers\n\n{found[0].strip()}\n\n::::\n"
+
+    return re.sub(r"(?:^\|.*\n?)+", wrap, text, flags=re.MULTILINE)
+
+
+def toctrees() -> str:
+    "The sidebar: a heading and its pages, in reading order"
+    parts = []
+    for caption, members in groups().items():
+        entries = "\n".join("Front page <self>" if page_name(n) == "index" else page_name(n) for n in members)
+        parts.append(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```")
+    return "\n\n".join(parts)
+
+
+def build_site() -> None:
+    "Convert all notebooks and let Sphinx make _docs/ of them; a warning stops it"
     with TemporaryDirectory() as folder:
-        source, processed = Path(folder) / "site", Path(folder) / "processed.ipynb"
-        for page, notebook in pages().items():
-            process(ROOT / "nbs" / notebook, processed)
-            converted = convert_notebook(processed, page)
-            if page == "index": complete_index(converted)
-            target = source / f"{page}.ipynb"
-            target.parent.mkdir(parents=True, exist_ok=True)
-            nbformat.write(converted, target)
-        for picture in (ROOT / "nbs").rglob("*.png"):
-            (source / picture.relative_to(ROOT / "nbs")).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(picture, source / picture.relative_to(ROOT / "nbs"))
-        sphinx = [sys.executable, "-m", "sphinx", "-q", "-b", "html", "-c", str(ROOT / "docs")]
-        subprocess.run([*sphinx, "-d", f"{folder}/cache", str(source), f"{folder}/html"], check=True)
+        source = Path(folder) / "site"
+        missing = {notebook: write_page(page, notebook, source) for page, notebook in pages().items()}
+        for picture in (p for p in NBS.rglob("*") if p.suffix in PICTURES and "runs" not in p.parts):
+            (source / picture.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, source / picture.relative_to(NBS))
+        sphinx = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-b", "html", "-c", str(ROOT / "docs")]
+        ran = subprocess.run([*sphinx, "-d", f"{folder}/cache", str(source), f"{folder}/html"])
+        if ran.returncode: sys.exit("the site was not built: Sphinx warned, see above")
         shutil.rmtree(ROOT / "_docs", ignore_errors=True)
         shutil.move(f"{folder}/html", ROOT / "_docs")
-    print(f"open {ROOT / '_docs/index.html'}")
-
-
-def complete_index(notebook: dict) -> None:
-    "Give the front page its links and the list of all other pages, one group for each folder"
-    link_pages(notebook, "")
-    groups: dict[str, list[str]] = {}
-    for page in pages():
-        if page != "index": groups.setdefault(page.rpartition("/")[0] or "library", []).append(page)
-    for caption, names in groups.items():
-        entries = "\n".join(names)
-        notebook.cells.append(markdown_cell(f"```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{entries}\n```"))
+    lacking = [f"{notebook} ({count})" for notebook, count in missing.items() if count]
+    if lacking: print("pictures without `#| fig-alt:` have the paragraph in front of them instead:", ", ".join(lacking))
+    print(f"{len(missing)} pages: open {ROOT / '_docs/index.html'}")
 
 
 def refresh() -> None:
     "Run the index again, in place, after the results it shows have changed"
-    index = ROOT / "nbs/index.ipynb"
+    index = NBS / "index.ipynb"
     run = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(index)]
     subprocess.run([*run, "--log-level", "WARN"], check=True)
     subprocess.run([str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(index)], check=True, cwd=ROOT)
@@ -186,5 +324,6 @@ if __name__ == "__main__":
     match sys.argv[1:]:
         case ["readme"]: (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
         case ["site"]: build_site()
+        case ["sidebar"]: (NBS / "sidebar.yml").write_text(quarto_sidebar(), encoding="utf-8")
         case ["refresh"]: refresh()
-        case _: sys.exit("usage: python docs/build.py readme|site|refresh")
+        case _: sys.exit("usage: python docs/build.py readme|site|sidebar|refresh")

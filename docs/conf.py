@@ -1,10 +1,13 @@
 "The site without Quarto: Sphinx, with notebooks as they are stored and formulas as MathML, so that nothing is fetched."
 
+import sys
 from configparser import ConfigParser
 from pathlib import Path
 
 from docutils.nodes import SkipNode
 from latex2mathml.converter import convert
+
+sys.path.insert(0, str(Path(__file__).parent))
 
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parents[1] / "settings.ini")
@@ -14,12 +17,26 @@ project, copyright, release = settings["title"], settings["copyright"], settings
 extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = settings["title"]
-html_static_path = []
+html_static_path = ["static"]
+html_css_files, html_js_files = ["site.css"], ["offline.js"]
+html_favicon = html_logo = "static/logo.svg"
+html_copy_source = False
+html_show_sphinx = False
+html_use_index = False
+colours = {"color-brand-primary": "#0072b2", "color-brand-content": "#0a62a3", "color-brand-visited": "#0a62a3"}
+dark = {"color-brand-primary": "#56b4e9", "color-brand-content": "#7cc4ef", "color-brand-visited": "#7cc4ef"}
+html_theme_options = {
+    "light_css_variables": colours,
+    "dark_css_variables": dark,
+    "top_of_page_buttons": [],
+}
+pygments_style, pygments_dark_style = "a11y-light", "a11y-dark"
 nb_execution_mode = "off"
 nb_merge_streams = True
 nb_render_markdown_format = "gfm"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "deflist"]
 myst_heading_anchors = 4
+myst_heading_slug_func = "anchors.anchor"
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
 html_math_renderer = "mathml"
 
@@ -37,8 +54,7 @@ def visit_math(self, node):
 
 def visit_math_block(self, node):
     "A formula on a line of its own"
-    formula = mathml(node.astext(), "block")
-    self.body.append(f'<div style="overflow: auto hidden; padding: 0.3em 0">{formula}</div>')
+    self.body.append(f'<div class="formula">{mathml(node.astext(), "block")}</div>')
     raise SkipNode
 
 

@@ -235,20 +235,6 @@ def test_readme_table_is_computed_from_the_rows():
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
 
 
-def test_pages_of_the_site(build, tmp_path, monkeypatch):
-    "What Sphinx gets: no directive is left, definitions are documented, links stay on the site"
-    monkeypatch.chdir(ROOT)
-    build = build("build")
-    build.process(NBS / "51_matrix.ipynb", tmp_path / "page.ipynb")
-    page = build.convert_notebook(tmp_path / "page.ipynb", "matrix")
-    sources = [cell["source"] for cell in page.cells]
-    assert sources[0].startswith("# The matrix of experiments\n\n*A study is")
-    assert not any(re.search(r"^#\|", source, re.MULTILINE) for source in sources)
-    assert any(source.lstrip().startswith("[source]") and "### study_cells" in source for source in sources)
-    assert not any("ipynb" in source and "52_samples" in source for source in sources)
-    assert any("(samples.ipynb)" in source for source in sources)
-
-
 def test_readme_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target
@@ -258,19 +244,6 @@ def test_committed_rows_are_valid():
     from modnb.results import read_rows
 
     for path in (ROOT / "results").glob("*.csv"): assert len(read_rows(path))
-
-
-def test_site_links(build):
-    build = build("build")
-    known = build.pages()
-    assert known["extract"].name == "12_extract.ipynb" and known["experiments/train"].name == "train.ipynb"
-    text = f"[`extract`]({build.HOME}/extract.html#extract), [next](13_similarity.ipynb), [other](https://example.org)"
-    assert build.site_links(text, "../") == (
-        "[`extract`](../extract.ipynb#extract), [next](similarity.ipynb), [other](https://example.org)")
-    assert build.site_links("[rows](../results/demo.csv)", "") == f"[rows]({build.FILES}/results/demo.csv)"
-    text = "[a](12_extract.ipynb) ![b](images/x.png) [c](../results/demo.csv) [d](https://example.org)"
-    assert build.readme_links(text) == (
-        "[a](nbs/12_extract.ipynb) ![b](nbs/images/x.png) [c](results/demo.csv) [d](https://example.org)")
 
 
 # What is tracked

@@ -1,0 +1,41 @@
+// Runs inside every page that tests/check_site.py opens and returns what is wrong with it, as a list of texts.
+// Text of programs is no formula, and what a closed <details> hides has no size.
+(() => {
+  const found = [], root = document.documentElement, shown = text => text.trim().replace(/\s+/g, " ").slice(0, 80);
+  const name = e => e.tagName.toLowerCase() + (e.id ? "#" + e.id : "") + (e.classList.length ? "." + [...e.classList].join(".") : "");
+  if (root.scrollWidth > root.clientWidth) {
+    const scrolls = e => { for (; e; e = e.parentElement) if (getComputedStyle(e).overflowX !== "visible") return e; };
+    const wide = [...document.body.querySelectorAll("*")].filter(e => {
+      const box = e.getBoundingClientRect(), frame = scrolls(e.parentElement);
+      return box.width && box.right + scrollX > root.clientWidth + 1 && (!frame || frame === document.body || frame === root);
+    });
+    const deepest = wide.filter(e => !wide.some(o => o !== e && e.contains(o)));
+    found.push(`scrolls sideways: ${root.scrollWidth} > ${root.clientWidth}: `
+      + deepest.slice(0, 3).map(e => `${name(e)} "${shown(e.textContent)}"`).join("; "));
+  }
+  const main = document.querySelector("article, main, #quarto-document-content") || document.body;
+  const texts = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  while (texts.nextNode()) {
+    const parent = texts.currentNode.parentElement, text = texts.currentNode.textContent;
+    if (!parent || parent.closest("pre, code, kbd, samp, script, style, textarea, math, annotation")) continue;
+    if (/\$\$|(^|[\s(])\$[^\s$]([^$\n]{0,80}[^\s$])?\$(?!\d)|\\(frac|sum|cdot|text|math\w+|left|right|in|ge|le|times|tau|sigma)\b/.test(text))
+      found.push(`formula left as text: ${shown(text)}`);
+  }
+  for (const formula of main.querySelectorAll("math")) {
+    const box = formula.getBoundingClientRect();
+    if (!formula.textContent.trim()) found.push("empty formula");
+    else if (formula.querySelector("merror")) found.push(`formula with an error: ${shown(formula.textContent)}`);
+    else if (!formula.closest("details:not([open])") && formula.checkVisibility() && (!box.width || !box.height))
+      found.push(`formula without a size: ${shown(formula.textContent)}`);
+  }
+  for (const image of main.querySelectorAll("img")) {
+    const source = (image.getAttribute("src") || "").slice(0, 60), alt = (image.getAttribute("alt") || "").trim();
+    if (!alt || /^\S+\.(png|svg|jpe?g|gif)$/.test(alt)) found.push(`no alternative text: ${source}`);
+    if (image.complete && !image.naturalWidth) found.push(`picture does not load: ${source}`);
+  }
+  for (const drawing of main.querySelectorAll("svg")) {
+    const named = drawing.querySelector(":scope > title, :scope > desc") || drawing.closest("[aria-label], [aria-hidden], [aria-labelledby]");
+    if (!named && !drawing.closest("button, a, label")) found.push(`drawing without a name: ${name(drawing)}`);
+  }
+  return found;
+})()
