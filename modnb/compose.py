@@ -40,10 +40,11 @@ class Composer:
     def __call__(
         self,
         classes: Iterable[str | int],  # the sub-task, names or indices
+        multiple: int = 1,  # fill the units of each site up to a multiple of this
     ) -> nn.Module:  # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
         "A smaller model that serves these classes; unknown or repeated classes raise `ValueError` (MODA Sec. 3.3)"
         columns = class_indices(classes, self.masks.classes)
-        keep = self.masks.keep(columns)
+        keep = self.masks.keep(columns, multiple)
         composed = self.anatomy.extract(keep, outputs=columns)
         composed.classes = [self.masks.classes[c] for c in columns]
         composed.recipe = {"architecture": getattr(self.model, "config", None), "shape": self.shape, "outputs": columns}
@@ -56,9 +57,10 @@ def compose(
     masks: ModuleMasks,  # its modules
     classes: Iterable[str | int],  # the sub-task, names or indices
     example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
+    multiple: int = 1,  # fill the units of each site up to a multiple of this: processors like 8 or 16
 ) -> nn.Module:  # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
     "Compose modules of one model into a smaller model, without fine-tuning; raises `ValueError` (MODA Sec. 3.3)"
-    return Composer(model, masks, example)(classes)
+    return Composer(model, masks, example)(classes, multiple)
 
 # %% ../nbs/15_compose.ipynb #2dd0ae74
 class ParallelModules(nn.Module):

@@ -127,6 +127,24 @@ def test_onnx_export(tmp_path):
         assert torch.allclose(found, composed(images), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ["vgg16_4096", "resnet18"])
+def test_units_in_multiples(name, tmp_path):
+    "Filled up, still the oracle's logits, and files know which units were added"
+    model, masks, x = parts(name)
+    small, round8 = compose(model, masks, [0, 4], x), compose(model, masks, [0, 4], x, multiple=8)
+    keep = masks.keep([0, 4], multiple=8)
+    for site in masks.sites:
+        before = masks.keep([0, 4])[site]
+        assert (keep[site] | ~before).all() and (keep[site].sum() % 8 == 0 or keep[site].all())
+        assert keep[site].sum() - before.sum() < 8
+    assert any((keep[site] & ~mask).any() for site, mask in masks.keep([0, 4]).items())
+    expected = masked(model, keep, x)(x)[:, [0, 4]]
+    assert torch.allclose(round8(x), expected, rtol=1e-3, atol=1e-5)
+    assert sum(p.numel() for p in round8.parameters()) > sum(p.numel() for p in small.parameters())
+    save_module(round8, tmp_path / "m")
+    assert torch.equal(load_module(tmp_path / "m", model)(x), round8(x))
+
+
 def test_onnx_export_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(ImportError, match="pip install onnx onnxscript"):
