@@ -141,6 +141,9 @@ class Definition(NamedTuple):
     ) -> str:  # Markdown
         "Link to the place that explains it (ours)"
         if self.kind == "page": return f"[{text or self.name}]({up}{self.page})"
+        if self.kind == "method" and not text:  # sites have no heading for a method
+            owner, _, method = self.name.partition(".")
+            return f"[`{owner}`]({up}{self.page}#{owner.lower()})`.{method}`"
         anchor = "" if self.kind == "value" else "#" + self.name.split(".")[0].lower()
         return f"[`{text or self.name}`]({up}{self.page}{anchor})"
 
