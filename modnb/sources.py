@@ -141,8 +141,11 @@ class Definition(NamedTuple):
     ) -> str:  # Markdown
         "Link to the place that explains it (ours)"
         if self.kind == "page": return f"[{text or self.name}]({up}{self.page})"
+        if self.kind == "method" and not text:  # sites have no heading for a method
+            owner, _, method = self.name.partition(".")
+            return f"[<code>{owner}</code>]({up}{self.page}#{owner.lower()}).{method}"
         anchor = "" if self.kind == "value" else "#" + self.name.split(".")[0].lower()
-        return f"[`{text or self.name}`]({up}{self.page}{anchor})"
+        return f"[<code>{text or self.name}</code>]({up}{self.page}{anchor})"  # nbdev links names in backticks itself
 
 # %% ../nbs/68_sources.ipynb #cell-016
 TAG = re.compile(r"\s*\(([^()]*)\)\.?$")
