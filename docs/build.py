@@ -50,6 +50,26 @@ class ShowExports:
         for key in ("outputs", "execution_count"): cell.pop(key, None)
 
 
+def link_names(cell: dict) -> None:
+    "A processor of nbdev: names of definitions become links, except in texts that are links already"
+    from nbdev.doclinks import NbdevLookup
+
+    lookup = NbdevLookup()
+    if cell.cell_type == "markdown": cell.source = outside_links(cell.source, lookup.linkify)
+    for output in cell.get("outputs", []):
+        data = output.get("data", {})
+        if "text/markdown" in data:
+            data["text/markdown"] = outside_links("".join(data["text/markdown"]), lookup.linkify)
+
+
+def outside_links(text: str, change) -> str:
+    "A text in which everything but its links has been changed"
+    link = re.compile(r"\[[^\[\]]*\]\([^()]*\)")
+    changed = change(link.sub("\0", text))
+    for kept in link.findall(text): changed = changed.replace("\0", kept, 1)
+    return changed
+
+
 def module_file(notebook: dict) -> Path | None:
     "The module that a notebook exports to"
     for cell in notebook["cells"]:
@@ -74,7 +94,7 @@ def process(source: Path) -> dict:
     from nbdev.process import NBProcessor
 
     steps = [by.populate_language, by.strip_ansi, by.hide_line, by.filter_stream_, by.rm_header_dash, ShowExports,
-             by.rm_export, by.clean_magics, by.hide_, by.add_links, by.strip_hidden_metadata]
+             by.rm_export, by.clean_magics, by.hide_, link_names, by.strip_hidden_metadata]
     processor = NBProcessor(nb=read_nb(source), procs=steps, process=True)
     cells = [{k: v for k, v in cell.items() if not k.endswith("_")} for cell in processor.nb.cells]
     notebook = {"cells": cells, "metadata": {"language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}

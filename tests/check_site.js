@@ -20,6 +20,7 @@
     if (!parent || parent.closest("pre, code, kbd, samp, script, style, textarea, math, annotation")) continue;
     if (/\$\$|(^|[\s(])\$[^\s$]([^$\n]{0,80}[^\s$])?\$(?!\d)|\\(frac|sum|cdot|text|math\w+|left|right|in|ge|le|times|tau|sigma)\b/.test(text))
       found.push(`formula left as text: ${shown(text)}`);
+    if (/\]\([\w./#-]+\)/.test(text)) found.push(`link left as text: ${shown(text)}`);
   }
   for (const formula of main.querySelectorAll("math")) {
     const box = formula.getBoundingClientRect();

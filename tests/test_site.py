@@ -80,6 +80,11 @@ def test_links():
     assert build.readme_links(f"[`extract`]({build.HOME}/extract.html#extract)") == "[`extract`](nbs/12_extract.ipynb)"
 
 
+def test_names_inside_links_stay():
+    text = "`compose` and [`compose`](15_compose.ipynb), ![`compose`](x.png)"
+    assert build.outside_links(text, str.upper) == "`COMPOSE` AND [`compose`](15_compose.ipynb), ![`compose`](x.png)"
+
+
 def test_callouts():
     assert build.convert_text("::: {.callout-note}\nText\n:::") == ":::{note}\nText\n:::"
     titled = ":::{admonition} Mind\n:class: warning\n\nText\n:::"
@@ -250,6 +255,7 @@ FAULTS = {
     "alt.html": ("<img src='data:image/gif;base64,R0lGODlhAQABAAAAACwAAAAAAQABAAA='>", "no alternative text"),
     "lost.html": ("<img alt='A picture' src='nowhere.png'>", "link to nothing: nowhere.png"),
     "link.html": ("<a href='nowhere.html'>x</a>", "link to nothing: nowhere.html"),
+    "markdown.html": ("<p>See [the name](extract.ipynb)</p>", "link left as text"),
     "anchor.html": ("<a href='good.html#nowhere'>x</a>", "no such anchor"),
     "script.html": ("<script>undefined.property</script>", "console: TypeError"),
     "drawing.html": ("<svg width='9' height='9'></svg>", "drawing without a name"),
