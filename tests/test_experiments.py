@@ -146,6 +146,15 @@ def test_speed_benchmark_measures_every_way(tmp_path):
         assert operations[f"{system}, ours"] < operations[f"{system}, published style"]
 
 
+def test_search_benchmark_runs_every_way(tmp_path):
+    small = {"individuals": 4, "images": 20, "sample": 2, "generations": 1, "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "speed_search.ipynb", tmp_path / "speed.ipynb", small)
+    rows = read_rows(tmp_path / "rows.csv")
+    assert set(rows.system) == {"auto", "masked", "extracted", "one after another"} and (rows.value > 0).all()
+    run = rows[rows.metric == "modules_run"].set_index("system").value
+    assert run["one after another"] == 40 and 0 < run["auto"] < 40, "survivors are not run again"
+
+
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
     message = "no system 'modular'; there is plain, moda, mwt"
     with pytest.raises(NotebookFailed, match=message):
