@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'AVERAGES', 'layer_indicator', 'directions_of', 'PairWeights', 'inverse', 'pair_weights', 'check_rows',
-           'one_hot', 'full_precision', 'join_rows', 'add_up', 'layer_cosines', 'mean_cosines', 'cosine_losses']
+           'one_hot', 'full_precision', 'join_rows', 'add_up', 'first_of_class', 'layer_cosines', 'mean_cosines',
+           'cosine_losses']
 
 # %% ../nbs/13_similarity.ipynb #54dc424d
 from collections.abc import Sequence
@@ -148,7 +149,16 @@ def add_up(
     parts = total.split([value.numel() for value in values])
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 
-# %% ../nbs/13_similarity.ipynb #e3977765
+# %% ../nbs/13_similarity.ipynb #83334aff
+def first_of_class(
+    labels: Tensor, # [B], integer
+    num_classes: int, # C
+) -> Tensor: # [B], int64: place of the first image with the same label; -1 for labels outside 0..C-1
+    "Number the classes of a batch by their first images, without looking at values on the host (ours)."
+    first = (labels[:, None] == labels[None, :]).to(torch.uint8).argmax(1)
+    return torch.where((labels >= 0) & (labels < num_classes), first, -1)
+
+# %% ../nbs/13_similarity.ipynb #87f55ebc
 def layer_cosines(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
     labels: Tensor, # [B], integer
@@ -160,6 +170,8 @@ def layer_cosines(
     check_rows(rows, labels, average, num_classes)
     if num_classes is None and group is not None: raise ValueError("processes need num_classes: each sees its labels")
     if num_classes is None: num_classes = max(1, int(labels.max()) + 1) if len(labels) else 1
+    if group is None and num_classes > len(labels) > 0:
+        labels, num_classes = first_of_class(labels, num_classes), len(labels)
     with full_precision(labels.device):
         joined, layers = join_rows(rows)
         directions, alive = directions_of(joined, layers)
@@ -174,7 +186,7 @@ def layer_cosines(
         between = ((total * total) @ layers - weights.member.square() @ squares) * weights.between
     return within, between, weights
 
-# %% ../nbs/13_similarity.ipynb #83334aff
+# %% ../nbs/13_similarity.ipynb #93c441c5
 def mean_cosines(
     rows: Sequence[Tensor], # one [B, K_l] for each layer, any real dtype
     labels: Tensor, # [B], integer; images labelled outside 0..num_classes-1 take part in no pair
@@ -186,7 +198,7 @@ def mean_cosines(
     within, between, _ = layer_cosines(rows, labels, average, num_classes)
     return (within[0], between[0]) if per_layer else (within.mean(), between.mean())
 
-# %% ../nbs/13_similarity.ipynb #942a8c76
+# %% ../nbs/13_similarity.ipynb #19d2ac19
 def cosine_losses(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
     labels: Tensor, # [B], integer

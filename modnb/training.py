@@ -421,7 +421,7 @@ def train_epoch(
     for rate, (x, labels) in zip(rates, loader, strict=False):
         for part in optimizer.param_groups: part["lr"] = rate
         if group is not None: x, labels = share_of(group, x), share_of(group, labels)
-        if settings.channels_last: x = x.contiguous(memory_format=torch.channels_last)
+        x = x.contiguous(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
         values, correct = train_step(forward, optimizer, x, labels, settings, group)
         if names is None: names = list(values)
         if names != list(values):

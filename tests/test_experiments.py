@@ -135,15 +135,37 @@ def test_cohesion_benchmark_compares_equals(tmp_path):
 
 def test_speed_benchmark_measures_every_way(tmp_path):
     small = {"rounds": 1, "batch_size": 16, "models": "vgg12", "layer_counts": "2", "batch_sizes": "16", "images": 16,
-             "units": 8, "subtasks": "2", "class_counts": "4", "out": str(tmp_path)}
+             "units": 8, "subtasks": "2", "class_counts": "4,40", "processes": "2", "process_seconds": 0.1,
+             "out": str(tmp_path)}
     run_notebook(EXPERIMENTS / "speed.ipynb", tmp_path / "speed.ipynb", small)
     rows = read_rows(tmp_path / "rows.csv")
     times = rows[rows.metric == "step_seconds"].set_index("system").value
     ways = {f"{system}, {style}" for system in ("plain", "moda", "mwt") for style in ("ours", "published style")}
-    assert set(times.index) == ways and (times > 0).all()
+    assert set(times.index) == ways and (times > 0).all() and (rows.value > 0).all()
+    losses = rows[rows.metric == "loss_milliseconds"]
+    assert sorted(losses.system) == ["class sums", "class sums", "pairs", "pairs"] and losses.run.nunique() == 4
+    assert len(rows[rows.system == "moda, at once"]) == 1 and set(rows.metric) >= {"latency", "composed_latency"}
     operations = rows[rows.metric == "operations"].set_index("system").value
     for system in ("moda", "mwt"):  # of a network with many layers; with two, the joined form has nothing to gain
         assert operations[f"{system}, ours"] < operations[f"{system}, published style"]
+
+
+def test_search_benchmark_runs_every_way(tmp_path):
+    small = {"individuals": 4, "images": 20, "sample": 2, "generations": 1, "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "speed_search.ipynb", tmp_path / "speed.ipynb", small)
+    rows = read_rows(tmp_path / "rows.csv")
+    assert set(rows.system) == {"auto", "masked", "extracted", "one after another"} and (rows.value > 0).all()
+    run = rows[rows.metric == "modules_run"].set_index("system").value
+    assert run["one after another"] == 40 and 0 < run["auto"] < 40, "survivors are not run again"
+
+
+def test_agreement_benchmark_compares_the_loops(tmp_path):
+    run_notebook(EXPERIMENTS / "speed_agreement.ipynb", tmp_path / "speed.ipynb", {"seeds": 2, "out": str(tmp_path)})
+    rows = read_rows(tmp_path / "rows.csv")
+    accuracy = rows[rows.metric == "accuracy"]
+    assert len(accuracy) == 3 * 2 * 2 and accuracy.value.between(0.05, 1).all()
+    apart = rows[rows.metric == "loss_apart"].set_index("system").value
+    assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="fast loop") < 1e-3).all()
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):

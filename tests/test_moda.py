@@ -19,6 +19,7 @@ from modnb.moda.losses import (
     compactness,
     dispersion_loss,
     image_weights,
+    observe_activations,
     unit_activations,
 )
 from modnb.models import create_model
@@ -113,24 +114,25 @@ def test_gradient_reaches_every_pixel_that_is_not_zero():
 def test_leaving_the_absolute_value_out_behind_a_relu_changes_no_gradient():
     model, labels = create_model("lenet5", num_classes=3, width=0.5, seed=0).double(), torch.arange(8) % 3
     images, gradients = torch.randn(8, 3, 32, 32, dtype=torch.float64), []
-    for forget in (False, True):
-        objective = MODA()
-        network = objective.prepare(model, images[:2])
-        assert objective._unsigned == set(unit_sites(model, images[:2]))
-        if forget: objective._unsigned = set()
-        logits, observed = network(images)
+    sites, objective = list(unit_sites(model, images[:2])), MODA()
+    network = objective.prepare(model, images[:2])
+    assert objective._unsigned == set(sites)
+    for view in (network, observe_activations(model, sites), observe(model, sites)):
+        logits, observed = view(images)
         gradients.append(torch.autograd.grad(objective(logits, labels, observed)[0], list(model.parameters())))
-    for a, b in zip(*gradients): torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
+    for other in gradients[1:]:
+        for a, b in zip(gradients[0], other): torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-9)
 
 
 def test_negative_activations_keep_their_absolute_value():
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.LeakyReLU(0.5), nn.Flatten(), nn.Linear(144, 2))
     objective = MODA()
     network = objective.prepare(model, torch.zeros(2, 3, 8, 8))
-    logits, observed = network(torch.randn(4, 3, 8, 8))
-    assert observed["1"].min() < 0
-    _, terms = objective(logits, torch.tensor([0, 1, 0, 1]), observed)
-    torch.testing.assert_close(terms["compactness"], observed["1"].abs().mean())
+    images = torch.randn(4, 3, 8, 8)
+    maps = model[:2](images)
+    assert maps.min() < 0
+    _, terms = objective(*network(images)[:1], torch.tensor([0, 1, 0, 1]), network(images)[1])
+    torch.testing.assert_close(terms["compactness"], maps.abs().mean())
 
 
 @pytest.mark.parametrize("name, number", [("vgg16_4096", 15), ("resnet18", 17), ("mobilenet", 27), ("lenet5", 4)])

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import CountOperations, gathered_mean_cosines, slow_mean_cosines
 
-from modnb.similarity import AVERAGES, cosine_losses, layer_indicator, mean_cosines, pair_weights
+from modnb.similarity import AVERAGES, cosine_losses, layer_indicator, mean_cosines, one_hot, pair_weights
 
 VGG16_WIDTHS = [64, 128, 128, 256, 256, 256, *[512] * 6] # the twelve masked layers
 RESNET18_WIDTHS = [*[64] * 4, *[128] * 5, *[256] * 5, *[512] * 5] # the nineteen
@@ -41,6 +41,32 @@ def test_value_and_gradient_equal_the_pair_loop(batch, average, mix):
     slow_gradients = torch.autograd.grad(slow[0] + mix * slow[1], rows, allow_unused=True)
     for a, b in zip(fast_gradients, slow_gradients):
         torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b, atol=1e-10, rtol=1e-10)
+
+
+@settings(max_examples=60, deadline=None)
+@given(batch, st.sampled_from(AVERAGES), st.integers(0, 4))
+def test_more_classes_than_images_change_nothing(batch, average, outside):
+    "The sums then have a row for each image; with few classes, one for each class"
+    rows = draw_rows(batch["seed"], len(batch["labels"]), batch["widths"], batch["kind"])
+    labels = torch.where(batch["labels"] == outside, -1, batch["labels"]) # takes part in no pair
+    small = labels.where(labels >= 0, torch.tensor(1 + 5 * 200))
+    padded = [torch.cat([row, row.new_zeros(1000, row.shape[1])]) for row in rows] # more images than classes
+    alone = torch.cat([labels, torch.full([1000], -1)])
+    assert len(alone) > 5 and len(labels) < 1000
+    many = mean_cosines(rows, labels * 200, average, num_classes=1000)
+    few = mean_cosines(padded, alone, average, num_classes=5)
+    beyond = mean_cosines(rows, small * 200, average, num_classes=1000)
+    for a, b, c in zip(few, many, beyond): assert abs(a - b) < 1e-10 and abs(a - c) < 1e-10
+    for a, b in zip(torch.autograd.grad(sum(few), rows), torch.autograd.grad(sum(many), rows)):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_sums_are_no_more_than_images(monkeypatch):
+    seen = []
+    def counted(labels, num_classes, dtype): return seen.append(num_classes) or one_hot(labels, num_classes, dtype)
+    monkeypatch.setattr("modnb.similarity.one_hot", counted)
+    for classes in (10, 64, 1000): mean_cosines([torch.rand(64, 3)], torch.arange(64) % 10, num_classes=classes)
+    assert seen == [10, 64, 64]
 
 
 @settings(max_examples=40, deadline=None)

@@ -4,13 +4,13 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'unit_activations', 'affinity_loss', 'dispersion_loss', 'image_weights', 'compactness', 'unsigned_sites',
-           'MODA']
+           'observe_activations', 'MODA']
 
 # %% ../../nbs/40_moda_losses.ipynb #2aa9c8d3
 from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, inverse, join_rows, one_hot
@@ -91,7 +91,26 @@ def unsigned_sites(
     return {node.meta["site"] for node in trace(model, example).graph.nodes
             if isinstance(layer_of(node), nn.ReLU | nn.ReLU6) or function_name(node) in ("relu", "relu_", "relu6")}
 
-# %% ../../nbs/40_moda_losses.ipynb #11b7b7f7
+# %% ../../nbs/40_moda_losses.ipynb #8c91f9e5
+def observe_activations(
+    model: nn.Module, # traced in its current train or eval mode
+    sites: Iterable[str], # names from `unit_sites`
+    unsigned: Iterable[str] = (), # those among them without negative entries, from `unsigned_sites`
+) -> fx.GraphModule: # `forward(x)` returns `(logits, {site: [B, K]})`; shares all parameters with `model`
+    "A view of the model that also returns one number for each unit and image (MODA Eq. 8)."
+    watched = observe(model, sites)
+    output = next(node for node in watched.graph.nodes if node.op == "output")
+    logits, seen = output.args[0]
+    rows = {}
+    for site, node in seen.items():
+        with watched.graph.inserting_after(node):
+            rows[site] = watched.graph.call_function(unit_activations, (node, site not in unsigned))
+    output.args = ((logits, rows),)
+    watched.graph.lint()
+    watched.recompile()
+    return watched
+
+# %% ../../nbs/40_moda_losses.ipynb #3aed5bec
 class MODA(Objective):
     "Training for activation-driven modularity (MODA Eq. 7)."
 
@@ -121,18 +140,18 @@ class MODA(Objective):
         self,
         model: nn.Module, # in training mode
         example: Tensor, # [B, 3, H, W]
-    ) -> nn.Module: # gives (logits, {site: activation}); shares all parameters with `model`
+    ) -> nn.Module: # gives (logits, {site: [B, K]}); shares all parameters with `model`
         "Make the activations visible; ValueError for unknown sites and for networks without any."
         sites = list(unit_sites(model, example)) if self.sites is None else self.sites
         if not sites: raise ValueError("this network has no activation function before its output: nothing to look at")
         self._unsigned = unsigned_sites(model, example)
-        return observe(model, sites)
+        return observe_activations(model, sites, self._unsigned)
 
     def __call__(
         self,
         logits: Tensor, # [B, C]
         labels: Tensor, # [B], int64
-        observed: dict[str, Tensor], # site -> [B, K, H, W] or [B, K]
+        observed: dict[str, Tensor], # site -> [B, K], or maps [B, K, H, W]
     ) -> tuple[Tensor, dict[str, Tensor]]: # the loss, and its four terms before weighting
         "Compute the loss of one batch, in nats."
         rows = [unit_activations(activation, site not in self._unsigned) for site, activation in observed.items()]

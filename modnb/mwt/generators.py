@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMS', 'PREFIX', 'Lift', 'MaskGenerator', 'maskable_sites', 'trace_for_both_modes', 'insert_generator',
            'add_mask_generators', 'mask_generators', 'require_generators', 'generator_parameters', 'observe_masks',
-           'remove_mask_generators', 'load_plain']
+           'scale_relu', 'fuse_scaling', 'remove_mask_generators', 'load_plain']
 
 # %% ../../nbs/30_mwt_generators.ipynb #8791f06c
 import copy
@@ -14,6 +14,7 @@ from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx, nn
+from torch.autograd import Function
 
 from ..data import choose
 from ..units import CONV_LAYERS, layer_of, name_sites, observe, opaque, trace_graph, unit_sites
@@ -195,7 +196,51 @@ def observe_masks(
     watched.recompile()
     return watched
 
-# %% ../../nbs/30_mwt_generators.ipynb #08612c90
+# %% ../../nbs/30_mwt_generators.ipynb #2c8f472a
+class _ScaleRelu(Function):
+    "mask * relu(x), with a backward pass that needs the result alone"
+
+    @staticmethod
+    def forward(ctx, x, mask):
+        y = torch.relu(x).mul_(mask)
+        ctx.save_for_backward(y, mask)
+        return y
+
+    @staticmethod
+    def backward(ctx, gradient):
+        y, mask = ctx.saved_tensors
+        inner = (gradient * y).sum([*range(2, y.ndim)], keepdim=True)
+        inner /= mask.clamp(min=torch.finfo(mask.dtype).tiny) # 0 / tiny where the mask is 0
+        return torch.ops.aten.threshold_backward(gradient, y, 0).mul_(mask), inner
+
+def scale_relu(
+    x: Tensor, # [B, K, ...]
+    mask: Tensor, # [B, K, 1, ...], 0 or above, as many dimensions as `x`
+) -> Tensor: # like x
+    "Compute relu(x * mask) (ours)."
+    exact = x.dtype == mask.dtype and x.dtype in (torch.float32, torch.float64)
+    if torch.compiler.is_compiling() or not exact: return torch.relu(x * mask)
+    return _ScaleRelu.apply(x, mask)
+
+# %% ../../nbs/30_mwt_generators.ipynb #cfd594b2
+def fuse_scaling(
+    watched: fx.GraphModule, # from `observe_masks`; changed
+) -> fx.GraphModule: # `watched`, with the same outputs
+    "Join each product with a mask to the ReLU behind it (ours)."
+    graph = watched.graph
+    for node in [node for node in graph.nodes if node.target is torch.mul and len(node.users) == 1]:
+        relu, mask = next(iter(node.users)), node.args[1]
+        while isinstance(mask, fx.Node) and mask.target == "unsqueeze": mask = mask.args[0]
+        is_mask = isinstance(mask, fx.Node) and str(mask.target).startswith(PREFIX)
+        if not is_mask or type(layer_of(relu)) is not nn.ReLU: continue
+        with graph.inserting_before(node): joined = graph.call_function(scale_relu, node.args)
+        relu.replace_all_uses_with(joined)
+        for gone in (relu, node): graph.erase_node(gone)
+    graph.lint()
+    watched.recompile()
+    return watched
+
+# %% ../../nbs/30_mwt_generators.ipynb #32034f3b
 def remove_mask_generators(
     modular: nn.Module, # left as it is
     into: nn.Module | None = None, # an instance of the plain architecture; its weights are replaced

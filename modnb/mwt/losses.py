@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..data import choose
-from .generators import observe_masks
+from .generators import fuse_scaling, observe_masks
 from ..similarity import AVERAGES, cosine_losses, join_rows, one_hot
 from ..training import Objective
 
@@ -111,7 +111,7 @@ class MwT(Objective):
         example: Tensor, # of no effect
     ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
         "Make the soft masks visible; ValueError for a model without mask generators."
-        return observe_masks(model)
+        return fuse_scaling(observe_masks(model))
 
     def __call__(
         self,
