@@ -2,6 +2,7 @@
 
 import warnings
 from dataclasses import replace
+from itertools import product
 
 import pytest
 import torch
@@ -64,11 +65,11 @@ def modular(method, name="vgg12", width=0.125):
     return add_mask_generators(model, torch.zeros(2, 3, size, size), seed=0) if method in ("mwt", "recorded") else model
 
 
-def step_of(method, name, knobs=KNOBS):
+def step_of(method, name, knobs=KNOBS, images=16):
     "A function that takes one training step, its forward pass, and a batch"
     size, model, objective = MODELS[name], modular(method, name).train(), OBJECTIVES[method]()
-    x = torch.randn(16, 3, size, size, generator=torch.Generator().manual_seed(0))
-    labels, optimizer = torch.arange(16) % 10, make_optimizer(model, knobs)
+    x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
+    labels, optimizer = torch.arange(images) % 10, make_optimizer(model, knobs)
     forward = forward_pass(prepare_network(model, objective, x[:2], 10), objective, knobs)
     return lambda: train_step(forward, optimizer, x, labels, knobs), forward, (x, labels)
 
@@ -94,14 +95,18 @@ def test_the_counter_sees_what_waits():
 @pytest.mark.parametrize("name", MODELS)
 def test_what_the_methods_add_does_not_grow_with_pairs_or_classes(name):
     counts = {}
-    for method in ("plain", "moda", "mwt"):
-        step, _, _ = step_of(method, name)
+    for method, images in product(("plain", "moda", "mwt"), (12, 40)):
+        step, _, _ = step_of(method, name, images=images)
         step()
         with CountOperations() as count: step()
-        counts[method] = len(count.names)
-    print(f"{name}: {counts} operations in a step")
-    assert counts["plain"] < counts["moda"] < 2 * counts["plain"]
-    assert counts["plain"] < counts["mwt"] < 3.6 * counts["plain"]
+        counts.setdefault(method, []).append(len(count.names))
+    print(f"{name}: {counts} operations in a step with 12 and with 40 images")
+    assert all(few == many for few, many in counts.values())
+    (plain, _), (moda, _), (mwt, _) = counts.values()
+    observed = len(unit_sites(create_model(name, width=0.125), torch.zeros(2, 3, MODELS[name], MODELS[name])))
+    # a handful for each activation, or each generator with its backward pass and its update, and for the losses
+    assert plain < moda <= plain + 11 * observed + 120
+    assert plain < mwt <= plain + 66 * len(mask_generators(modular("mwt", name))) + 130
 
 
 @pytest.mark.parametrize("name, method", [
