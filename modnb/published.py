@@ -303,7 +303,7 @@ REPLACED = {"width": (1,), "strong_epochs": (200,), "strong_batch_size": (128,),
             "weak_image_share": (0.1,), "weak_epochs": (200,), "weak_batch_size": (128,), "weak_lr": (0.05,),
             "underfit_epoch": (10,), "overfit_epoch": (195,)}  # MODA's weak and strong models
 # What older rows do not record, as it was
-UNRECORDED = {"compactness_form": "mean", "generators": "released", "only_classes": ""}
+UNRECORDED = {"compactness_form": "mean", "generators": "released", "only_classes": "", "masks_by": "published"}
 OF_TRAINING = ("accuracy", "accuracy_loss", "training_time", "epoch_time", "epochs", "kernels", "multiply_adds",
                "cohesion_weight", "coupling_weight")
 GPUS = {"mwt": "A100", "moda": "V100"}  # what the times were measured on
@@ -336,6 +336,7 @@ def recipe(
     if system == "moda":
         wanted |= {"affinity": (1,), "dispersion": (1,), "compactness": (0.3,), "compactness_form": ("mean",)}
     if metric not in OF_TRAINING and system in ("mwt", "moda"): wanted["keep_threshold"] = (0.9,)
+    if metric not in OF_TRAINING and system == "moda": wanted["masks_by"] = ("published",)
     if metric not in OF_TRAINING and system == "mwt": wanted["empty"] = ("relax",)
     if metric not in OF_TRAINING and system == "cnnsplitter": wanted |= {"population": (100,), "generations": (200,)}
     if metric.startswith("tuned"):

@@ -511,6 +511,9 @@ def test_all_sub_tasks():
     assert found.line.tolist() == ["vgg16_4096 cifar10, all sub-tasks"] and found.n.tolist() == [1]
     without = runs([0.02], "module_size", "moda", "vgg16_4096", split="train", config=config | {"compactness": 0.0})
     assert cells(beside(frame(without), "moda_table3")).line.tolist() == ["vgg16_4096 cifar10, compactness 0"]
+    by_contribution = runs([0.01], "module_size", "moda", "vgg16_4096", split="train",
+                           config=config | {"masks_by": "contribution"})
+    assert not len(cells(beside(frame(by_contribution), "moda_table3"))), "modules found in another way"
     config |= {"subtasks_per_size": 10}
     some = runs([0.94], "composed_accuracy", "moda", "vgg16_4096", classes=sets[0], config=config)
     assert not len(cells(beside(frame(some), "moda_table3")))
