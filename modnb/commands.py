@@ -327,7 +327,8 @@ def run_command(
         planned = subprocess.run([*words, "--dry-run"], capture_output=True, text=True)
         if planned.returncode: print(planned.stdout + planned.stderr, file=sys.stderr)
         return planned.returncode
-    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
+    environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
+                                "MODNB_EXPERIMENTS": str(Path(options.experiments).resolve())}  # for profiles
     if options.gpus not in ("", "0"):
         environment |= {"MODNB_GPUS": options.gpus, "MODNB_PER_GPU": str(options.per_gpu),
                         "MODNB_SLOTS": str(runs / ".slots")}

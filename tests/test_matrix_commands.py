@@ -160,8 +160,52 @@ def options_of_snakemake() -> set[str]:
 @pytest.mark.parametrize("name", ["local", "slurm", "kubernetes"])
 def test_profiles_name_options_of_snakemake(name, options_of_snakemake):
     content = yaml.safe_load((EXPERIMENTS / f"profiles/{name}/config.yaml").read_text())
-    assert content and set(content) <= options_of_snakemake, set(content) - options_of_snakemake
+    of_plugins = {key for key in content if key.startswith(f"{content.get('executor')}-")}
+    unknown = set(content) - options_of_snakemake - of_plugins
+    assert content and not unknown, unknown
     assert content["keep-going"] and content["rerun-incomplete"]
+
+
+@pytest.fixture
+def cluster(tmp_path, monkeypatch):
+    "A kubectl that keeps what it is given, and a function that calls the job program of the Kubernetes profile"
+    program = tmp_path / "bin/kubectl"
+    program.parent.mkdir()
+    program.write_text(f"""#!{sys.executable}
+import pathlib, sys
+folder = pathlib.Path({str(tmp_path)!r})
+if "create" in sys.argv: (folder / "given.json").write_text(sys.stdin.read()); print("modnb-abc")
+if "get" in sys.argv: print((folder / "job.json").read_text())
+(folder / "words").write_text(" ".join(sys.argv[1:]))
+""")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{program.parent}{os.pathsep}{os.environ['PATH']}")
+    for name, value in (("IMAGE", "modnb:1"), ("CLAIM", "runs"), ("SHARED", "/shared"), ("NAMESPACE", "lab")):
+        monkeypatch.setenv(f"MODNB_{name}", value)
+    job = EXPERIMENTS / "profiles/kubernetes/job.py"
+    return lambda *words: subprocess.run([sys.executable, job, *words], capture_output=True, text=True)
+
+
+def test_kubernetes_jobs(cluster, tmp_path, monkeypatch):
+    made = cluster("submit", "1", "16000", "some script.sh")
+    assert (made.returncode, made.stdout.strip()) == (0, "modnb-abc"), made.stderr
+    pod = json.loads((tmp_path / "given.json").read_text())["spec"]["template"]["spec"]
+    container = pod["containers"][0]
+    assert container["image"] == "modnb:1" and container["command"] == ["bash", str(Path("some script.sh").resolve())]
+    assert container["resources"]["limits"] == {"memory": "16000Mi", "nvidia.com/gpu": "1"}
+    assert pod["volumes"][0]["persistentVolumeClaim"] == {"claimName": "runs"} and pod["restartPolicy"] == "Never"
+    states = {"": "failed", '{"status": {"active": 1}}': "running", '{"status": {"succeeded": 1}}': "success",
+              '{"status": {"failed": 1}}': "failed", "{}": "running",
+              '{"status": {"conditions": [{"type": "Failed", "status": "True"}]}}': "failed"}
+    for answer, state in states.items():
+        (tmp_path / "job.json").write_text(answer)
+        assert cluster("status", "modnb-abc").stdout.strip() == state, answer
+    assert cluster("cancel", "a", "b").returncode == 0
+    assert (tmp_path / "words").read_text() == "--namespace lab delete job --ignore-not-found a b"
+    monkeypatch.delenv("MODNB_CLAIM")
+    refused = cluster("submit", "1", "16000", "script.sh")
+    assert refused.returncode and "MODNB_CLAIM is not set" in refused.stderr
+    assert cluster("start").returncode and "job.py submit" in cluster("start").stderr
 
 
 def test_the_local_profile_plans(tmp_path):
