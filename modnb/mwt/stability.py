@@ -68,7 +68,7 @@ class SteadyMwT(MwT):
         w_cohesion: float = 0.5, # weight of the cohesion loss, MwT's alpha
         w_coupling: float = 1.5, # weight of the coupling loss, MwT's beta
         average: str = "pairs", # "pairs" (MwT's program) or "classes" (the paper)
-        watch: int = 100, # batches from one look for a collapse to the next; 0: never
+        watch: int = 1, # epochs from one look for a collapse to the next; 0: never
         mask_slope: float = 0.1, # share of cross-entropy's slope that reaches the masks, 0 to 1; 1: as published
         warmup: float = 0.0, # share of the epochs in which the modular losses rise to full weight; 0: as published
     ):
