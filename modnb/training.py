@@ -6,11 +6,12 @@
 __all__ = ['SCHEDULES', 'PRECISIONS', 'Forward', 'COLUMNS', 'Unobserved', 'Objective', 'CrossEntropy', 'constant', 'cosine',
            'steps_down', 'onecycle', 'check_number', 'Settings', 'learning_rates', 'epoch_seed', 'seeded', 'History',
            'forward_pass', 'train_step', 'check_output', 'check_terms', 'count_steps', 'share_of', 'mean_of',
-           'average_gradients', 'train_epoch', 'evaluating', 'default_precision', 'home_of', 'check_images', 'predict',
-           'select_columns', 'evaluate', 'fingerprint', 'describe_run', 'Checkpoint', 'momentum_of', 'write_checkpoint',
-           'read_checkpoint', 'load_weights', 'restore', 'load_checkpoint', 'find_checkpoint', 'TrainingDiverged',
-           'find_not_finite', 'check_inputs', 'check_group', 'prepare_network', 'make_optimizer', 'arithmetic',
-           'make_forward', 'steps_of', 'run_epoch', 'wants_progress', 'progress_bar', 'show_row', 'run_epochs', 'fit']
+           'average_gradients', 'train_epoch', 'evaluating', 'default_precision', 'has_bfloat16', 'training_precision',
+           'say_once', 'choose_precision', 'home_of', 'check_images', 'predict', 'select_columns', 'evaluate',
+           'fingerprint', 'describe_run', 'Checkpoint', 'momentum_of', 'write_checkpoint', 'read_checkpoint',
+           'load_weights', 'restore', 'load_checkpoint', 'find_checkpoint', 'TrainingDiverged', 'find_not_finite',
+           'check_inputs', 'check_group', 'prepare_network', 'make_optimizer', 'arithmetic', 'make_forward', 'steps_of',
+           'run_epoch', 'wants_progress', 'progress_bar', 'show_row', 'run_epochs', 'fit']
 
 # %% ../nbs/02_training.ipynb #264d8751
 import hashlib
@@ -24,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from numbers import Integral, Real
 from pathlib import Path
 from typing import Any
@@ -450,8 +452,50 @@ def evaluating(
 def default_precision(
     device: torch.device,
 ) -> str: # "bfloat16" on CUDA, else "float32"
-    "Choose the number format of a device's forward pass (ours)."
+    "Choose the number format in which a device predicts (ours)."
     return "bfloat16" if device.type == "cuda" else "float32"
+
+# %% ../nbs/02_training.ipynb #d6f5c11b
+def has_bfloat16(
+    device: torch.device,
+) -> bool: # True where bfloat16 has instructions of its own
+    "Tell whether bfloat16 pays on a device (ours)."
+    if device.type != "cpu": return device.type == "cuda"
+    able = getattr(torch.cpu, "get_capabilities", dict)() # newer versions of torch have it
+    return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
+
+
+def training_precision(
+    device: torch.device,
+    model: nn.Module, # to be trained
+) -> str: # one of `PRECISIONS`
+    "Choose the number format of the forward pass in training: bfloat16 where it is fast, else float32 (ours)."
+    grouped = any(getattr(layer, "groups", 1) > 1 for layer in model.modules())
+    return "bfloat16" if has_bfloat16(device) and (device.type == "cuda" or not grouped) else "float32"
+
+# %% ../nbs/02_training.ipynb #2f5ae536
+@cache
+def say_once(
+    text: str,
+) -> None:
+    "Write a line to stderr, the first time (ours)."
+    tqdm.write(text, file=sys.stderr)
+
+
+def choose_precision(
+    precision: str | None, # what was asked for; None: choose
+    device: torch.device,
+    model: nn.Module, # to be trained
+    progress: bool | None = None, # see `wants_progress`
+) -> str: # one of `PRECISIONS`
+    "Settle the number format of the forward pass; raises `ValueError` for an unknown one (ours)."
+    if precision is None:
+        precision = training_precision(device, model)
+        if precision == "bfloat16" and device.type == "cpu" and wants_progress(progress):
+            say_once("training in bfloat16, which this processor has instructions for; precision='float32' is plain")
+    elif choose(precision, PRECISIONS, "precision") == "bfloat16" and not has_bfloat16(device):
+        warnings.warn(f"bfloat16 will be slow: this {device.type} device has no instructions for it", stacklevel=3)
+    return precision
 
 # %% ../nbs/02_training.ipynb #c8e03c43
 def home_of(
@@ -855,7 +899,7 @@ def run_epochs(
     if done == settings.epochs: return
     train, valid, example = data.train, data.valid, data.example(2)
     share = settings.batch_size // (dist.get_world_size(group) if group is not None else 1)
-    steps = steps_of(settings, train, group)
+    steps, look = steps_of(settings, train, group), None if settings.precision == "bfloat16" else settings.precision
     with seeded(epoch_seed(settings.seed, 0, "prepare"), train.device):
         forward = make_forward(model, objective.across(group), example, data.num_classes, settings, share)
     with arithmetic(settings, train.device), progress_bar(settings, steps, done, progress) as bar:
@@ -864,7 +908,7 @@ def run_epochs(
             row = run_epoch(forward, optimizer, train, settings, epoch, bar.update, group)
             objective.end_epoch(row)
             due = settings.evaluate_every and (epoch % settings.evaluate_every == 0 or epoch == settings.epochs)
-            if due and len(valid): row["valid_accuracy"] = evaluate(model, valid, precision=settings.precision)
+            if due and len(valid): row["valid_accuracy"] = evaluate(model, valid, precision=look)
             show_row(bar, row, settings.epochs)
             yield row
 
@@ -887,7 +931,7 @@ def fit(
     device: str | torch.device | None = None, # where to train; None: the best there is
     checkpoint: str | Path | None = None, # file to save to and to resume from; None: keep nothing
     checkpoint_every: int = 1, # epochs from one save to the next; the last epoch is always saved
-    precision: str | None = None, # "float32" or "bfloat16"; None: bfloat16 on CUDA, else float32
+    precision: str | None = None, # "float32" or "bfloat16"; None: what the device is fast in, see `training_precision`
     channels_last: bool | None = None, # memory layout while training; None: on CPU and CUDA
     compile: bool | None = None, # forward pass and losses through `torch.compile`; None: on CUDA
     fast: bool = True, # False: the plain float32 loop, with nothing that shortens a step
@@ -901,7 +945,7 @@ def fit(
     device = pick_device(device)
     settings = Settings(
         epochs, batch_size, lr, momentum, nesterov, weight_decay, schedule, schedule_step, augment, seed,
-        (default_precision(device) if fast else "float32") if precision is None else precision,
+        "float32" if precision is None and not fast else choose_precision(precision, device, model, progress),
         fast and device.type in ("cpu", "cuda") if channels_last is None else channels_last, drop_last, evaluate_every,
         max_norm, fast, fast and device.type == "cuda" if compile is None else compile)
     check_number("checkpoint_every", checkpoint_every, 1, whole=True)

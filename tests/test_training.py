@@ -20,6 +20,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import modnb.files
+import modnb.training
 from modnb.data import ImageData, Split, batches, load_dataset
 from modnb.models import create_model
 from modnb.training import (
@@ -42,6 +43,7 @@ from modnb.training import (
     predict,
     read_checkpoint,
     run_epoch,
+    training_precision,
     wants_progress,
 )
 from modnb.units import observe
@@ -84,7 +86,7 @@ def make_net(seed=0, classes=10):
 
 
 def train(model, data, objective=None, **knobs):
-    return fit(model, data, objective, **dict(epochs=4, batch_size=32, device="cpu") | knobs)
+    return fit(model, data, objective, **dict(epochs=4, batch_size=32, device="cpu", precision="float32") | knobs)
 
 
 def same(one, other):
@@ -180,6 +182,31 @@ def test_fit_is_the_loop_written_by_hand(few, channels_last):
         scheduler.step()
     for name, value in hand.state_dict().items():
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-4, atol=1e-6, msg=name)
+
+
+# Precision
+
+
+def test_precision_is_that_of_the_processor_unless_told(few, monkeypatch):
+    "bfloat16 where it has instructions for it and no convolution is in groups; accuracies stay float32"
+    grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 14 * 14, 10))
+    for able in (True, False):
+        monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device, able=able: able)
+        assert training_precision(torch.device("cpu"), make_net()) == ("bfloat16" if able else "float32")
+        assert training_precision(torch.device("cpu"), grouped) == "float32"
+    monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device: True)
+    model = make_net()
+    row = train(model, few, precision=None, epochs=2).last
+    assert row["valid_accuracy"] == evaluate(model, few.valid, precision="float32")
+    exact = train(make_net(), few, epochs=2).last["loss"]
+    assert row["loss"] != exact and row["loss"] == pytest.approx(exact, rel=0.05)
+
+
+def test_bfloat16_without_instructions_works_with_a_warning(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device: False)
+    with pytest.warns(UserWarning, match="no instructions for it"):
+        train(make_net(), few, precision="bfloat16", epochs=1, checkpoint=tmp_path / "run")
+    assert read_checkpoint(tmp_path / "run").run["precision"] == "bfloat16"
 
 
 # What is recorded

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['FORMS', 'unit_activations', 'affinity_loss', 'dispersion_loss', 'image_weights', 'compactness', 'unsigned_sites',
-           'observe_activations', 'MODA']
+           'pass_activation', 'observe_activations', 'MODA']
 
 # %% ../../nbs/40_moda_losses.ipynb #2aa9c8d3
 from collections.abc import Iterable, Sequence
@@ -14,8 +14,9 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, inverse, join_rows, one_hot
+from ..maps import with_means
 from ..training import Objective
-from ..units import function_name, layer_of, observe, trace, unit_sites
+from ..units import function_name, layer_of, observe, tap, trace, unit_sites
 
 # %% ../../nbs/40_moda_losses.ipynb #21361f30
 def unit_activations(
@@ -27,9 +28,8 @@ def unit_activations(
     if activation.ndim != 4:
         raise ValueError(f"an activation must be maps [B, K, H, W] or neurons [B, K], not {list(activation.shape)}")
     dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    if signed: total = torch.linalg.vector_norm(activation, 1, (2, 3), dtype=dtype)
-    else: total = activation.sum((2, 3), dtype=dtype)
-    return total / activation.shape[2:].numel()
+    if not signed: return with_means(activation, dtype)[1]
+    return torch.linalg.vector_norm(activation, 1, (2, 3), dtype=dtype) / activation.shape[2:].numel()
 
 # %% ../../nbs/40_moda_losses.ipynb #fb2580d4
 def affinity_loss(
@@ -91,6 +91,15 @@ def unsigned_sites(
     return {node.meta["site"] for node in trace(model, example).graph.nodes
             if isinstance(layer_of(node), nn.ReLU | nn.ReLU6) or function_name(node) in ("relu", "relu_", "relu6")}
 
+# %% ../../nbs/40_moda_losses.ipynb #42857a05
+def pass_activation(
+    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
+    signed: bool = True, # False: no entry is negative
+) -> tuple[Tensor, Tensor]: # the activation, for those who read it, and its rows [B, K]
+    "Pass an activation on with `unit_activations` beside it."
+    if signed or activation.ndim != 4: return activation, unit_activations(activation, signed)
+    return with_means(activation, torch.float64 if activation.dtype == torch.float64 else torch.float32)
+
 # %% ../../nbs/40_moda_losses.ipynb #8c91f9e5
 def observe_activations(
     model: nn.Module, # traced in its current train or eval mode
@@ -101,10 +110,9 @@ def observe_activations(
     watched = observe(model, sites)
     output = next(node for node in watched.graph.nodes if node.op == "output")
     logits, seen = output.args[0]
-    rows = {}
+    rows, graph = {}, watched.graph
     for site, node in seen.items():
-        with watched.graph.inserting_after(node):
-            rows[site] = watched.graph.call_function(unit_activations, (node, site not in unsigned))
+        rows[site] = tap(graph, node, pass_activation, site not in unsigned)
     output.args = ((logits, rows),)
     watched.graph.lint()
     watched.recompile()

@@ -5,19 +5,23 @@
 # %% auto #0
 __all__ = ['FORMS', 'PREFIX', 'Lift', 'MaskGenerator', 'maskable_sites', 'trace_for_both_modes', 'insert_generator',
            'add_mask_generators', 'mask_generators', 'require_generators', 'generator_parameters', 'observe_masks',
-           'scale_relu', 'fuse_scaling', 'remove_mask_generators', 'load_plain']
+           'is_mean', 'fuse_scaling', 'remove_mask_generators', 'load_plain']
 
 # %% ../../nbs/30_mwt_generators.ipynb #8791f06c
 import copy
 import math
+import operator
 from itertools import zip_longest
 
 import torch
 from torch import Tensor, fx, nn
-from torch.autograd import Function
 
 from ..data import choose
-from ..units import CONV_LAYERS, layer_of, name_sites, observe, opaque, trace_graph, unit_sites
+from ..maps import scale_maps, with_means
+from modnb.units import (
+    CONV_LAYERS, function_name, layer_of, name_sites, observe, opaque, overwritten, tap, trace_graph,
+    unit_sites,
+)
 
 # %% ../../nbs/30_mwt_generators.ipynb #c7719a73
 class Lift(nn.Module):
@@ -196,46 +200,37 @@ def observe_masks(
     watched.recompile()
     return watched
 
-# %% ../../nbs/30_mwt_generators.ipynb #2c8f472a
-class _ScaleRelu(Function):
-    "mask * relu(x), with a backward pass that needs the result alone"
-
-    @staticmethod
-    def forward(ctx, x, mask):
-        y = torch.relu(x).mul_(mask)
-        ctx.save_for_backward(y, mask)
-        return y
-
-    @staticmethod
-    def backward(ctx, gradient):
-        y, mask = ctx.saved_tensors
-        inner = (gradient * y).sum([*range(2, y.ndim)], keepdim=True)
-        inner /= mask.clamp(min=torch.finfo(mask.dtype).tiny) # 0 / tiny where the mask is 0
-        return torch.ops.aten.threshold_backward(gradient, y, 0).mul_(mask), inner
-
-def scale_relu(
-    x: Tensor, # [B, K, ...]
-    mask: Tensor, # [B, K, 1, ...], 0 or above, as many dimensions as `x`
-) -> Tensor: # like x
-    "Compute relu(x * mask) (ours)."
-    exact = x.dtype == mask.dtype and x.dtype in (torch.float32, torch.float64)
-    if torch.compiler.is_compiling() or not exact: return torch.relu(x * mask)
-    return _ScaleRelu.apply(x, mask)
-
 # %% ../../nbs/30_mwt_generators.ipynb #cfd594b2
+def is_mean(
+    node: fx.Node,
+) -> bool:
+    "Is this the mean over the pixels in a recorded `MaskGenerator`?"
+    total, count = (*node.args, None)[:2] if function_name(node) == "truediv" else (None, None)
+    return isinstance(total, fx.Node) and total.target == "sum" and total.args[0].target == "flatten" \
+        and isinstance(count, fx.Node) and function_name(count) == "getitem"
+
+
 def fuse_scaling(
     watched: fx.GraphModule, # from `observe_masks`; changed
 ) -> fx.GraphModule: # `watched`, with the same outputs
-    "Join each product with a mask to the ReLU behind it (ours)."
-    graph = watched.graph
-    for node in [node for node in graph.nodes if node.target is torch.mul and len(node.users) == 1]:
-        relu, mask = next(iter(node.users)), node.args[1]
+    "Read means and scale maps in passing, the ReLU behind a product together with it."
+    graph, means = watched.graph, {}
+    for node in [node for node in graph.nodes if is_mean(node)]:
+        maps = node.args[0].args[0].args[0]
+        if maps.target is operator.getitem and maps.args[0].target is with_means: maps = maps.args[0].args[0] # tapped
+        if overwritten(maps): continue
+        if maps not in means: means[maps] = tap(graph, maps, with_means)
+        node.replace_all_uses_with(means[maps])
+    graph.eliminate_dead_code()
+    for node in [node for node in graph.nodes if node.target is torch.mul]:
+        reader, mask = next(iter(node.users)), node.args[1]
         while isinstance(mask, fx.Node) and mask.target == "unsqueeze": mask = mask.args[0]
-        is_mask = isinstance(mask, fx.Node) and str(mask.target).startswith(PREFIX)
-        if not is_mask or type(layer_of(relu)) is not nn.ReLU: continue
-        with graph.inserting_before(node): joined = graph.call_function(scale_relu, node.args)
-        relu.replace_all_uses_with(joined)
-        for gone in (relu, node): graph.erase_node(gone)
+        if not isinstance(mask, fx.Node) or not str(mask.target).startswith(PREFIX): continue
+        relu = len(node.users) == 1 and type(layer_of(reader)) is nn.ReLU
+        with graph.inserting_before(node): scaled = graph.call_function(scale_maps, (node.args[0], mask, relu))
+        (reader if relu else node).replace_all_uses_with(scaled)
+        for gone in ([reader] if relu else []) + [node]: graph.erase_node(gone)
+    graph.eliminate_dead_code()
     graph.lint()
     watched.recompile()
     return watched

@@ -9,6 +9,7 @@ __all__ = ['Damp', 'damp_masks', 'rise', 'SteadyMwT']
 import torch
 from torch import Tensor, fx, nn
 
+from ..maps import scale_maps
 from .generators import PREFIX, require_generators
 from .losses import MwT
 from ..units import opaque
@@ -45,7 +46,8 @@ def damp_masks(
     gates = {f"{PREFIX}{site}.gate" for site in require_generators(modular)}
     for node in [node for node in watched.graph.nodes if node.target in gates]:
         with watched.graph.inserting_after(node): damped = watched.graph.call_module("damp", (node,))
-        node.replace_all_uses_with(damped, delete_user_cb=lambda user: user.op == "call_method")
+        scales = lambda user: user.op == "call_method" or user.target is scale_maps
+        node.replace_all_uses_with(damped, delete_user_cb=scales)
     watched.graph.lint()
     watched.recompile()
     return watched
