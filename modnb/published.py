@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'MASKED', 'SVHN', 'SIMPLE', 'TIMES', 'BY_MWT', 'BY_CNNSPLITTER', 'CAVEATS', 'PRINTED', 'HEADING',
-           'COLUMNS', 'CORRECTED', 'COMMON', 'TRAINING', 'FIVE_CLASSES', 'WEAK', 'REPLACED', 'UNRECORDED',
-           'OF_TRAINING', 'GPUS', 'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text', 'read_heading',
-           'concerns', 'caveats_of', 'line_label', 'read_published', 'published_tables', 'loss_weights', 'recipe',
-           'what_differs', 'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'measured',
-           'refuse_mixture', 'beside', 'side_by_side', 'number_text', 'beside_text']
+           'COLUMNS', 'CORRECTED', 'AS_PUBLISHED', 'COMMON', 'TRAINING', 'FIVE_CLASSES', 'WEAK', 'REPLACED',
+           'UNRECORDED', 'OF_TRAINING', 'GPUS', 'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text',
+           'read_heading', 'concerns', 'caveats_of', 'line_label', 'read_published', 'published_tables', 'loss_weights',
+           'recipe', 'what_differs', 'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked',
+           'measured', 'refuse_mixture', 'beside', 'side_by_side', 'number_text', 'beside_text']
 
 # %% ../nbs/62_published.ipynb #da0f1782
 import csv
@@ -287,12 +287,17 @@ def published_tables() -> Frame:  # columns paper, table, shows, numbers, caveat
     return pandas.DataFrame(lines, index=list(TABLES))
 
 # %% ../nbs/62_published.ipynb #951a438a
+# What a training can have beside the published recipes, as they have it; older rows do not record all of it
+AS_PUBLISHED = {"label_smoothing": 0, "warmup": 0, "max_norm": None, "dropout": None, "average": "pairs", "sites": "",
+                "floor": 0, "mask_slope": 1}
 COMMON = {"width": (1,), "image_size": (0, 32), "train_limit": (0,), "test_limit": (0,), "augment": (True,),
-          "epochs": (200,), "batch_size": (128,), "only_classes": ("",)}
+          "epochs": (200,), "batch_size": (128,), "only_classes": ("",), "head_weights": ("published", ""),
+          **{name: (value,) for name, value in AS_PUBLISHED.items()}}
 TRAINING = {  # paper -> settings of its training
     "mwt": COMMON | {"lr": (0.05,), "schedule": ("cosine",), "weight_decay": (0,), "valid": (0,)},
     "moda": COMMON | {"lr": (0.05,), "schedule": ("cosine",), "weight_decay": (0,), "valid": (0,)},
-    "cnnsplitter": COMMON | {"lr": (0.01,), "schedule": ("steps",), "weight_decay": (0.0001,), "valid": (0.2,)},
+    "cnnsplitter": COMMON | {"lr": (0.01,), "schedule": ("steps",), "weight_decay": (0.0001,), "valid": (0.2,),
+                             "dropout": (None, 0.4)},  # ResCNN's, in its program
 }
 # CNNSplitter's networks for five digits
 FIVE_CLASSES = {"only_classes": ("0,1,2,3,4",), "population": (50,), "parents": (50,), "generations": (100,)}
@@ -303,7 +308,8 @@ REPLACED = {"width": (1,), "strong_epochs": (200,), "strong_batch_size": (128,),
             "weak_image_share": (0.1,), "weak_epochs": (200,), "weak_batch_size": (128,), "weak_lr": (0.05,),
             "underfit_epoch": (10,), "overfit_epoch": (195,)}  # MODA's weak and strong models
 # What older rows do not record, as it was
-UNRECORDED = {"compactness_form": "mean", "generators": "released", "only_classes": "", "masks_by": "published"}
+UNRECORDED = AS_PUBLISHED | {"compactness_form": "mean", "generators": "released", "only_classes": "",
+                             "masks_by": "published", "head_weights": ""}
 OF_TRAINING = ("accuracy", "accuracy_loss", "training_time", "epoch_time", "epochs", "kernels", "multiply_adds",
                "cohesion_weight", "coupling_weight")
 GPUS = {"mwt": "A100", "moda": "V100"}  # what the times were measured on

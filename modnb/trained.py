@@ -17,7 +17,7 @@ from torch import nn
 
 from .data import ImageData, load_dataset, pick_device
 from .files import load_tensors, save_tensors
-from .models import create_model
+from .models import create_model, model_options
 from .mwt.generators import add_mask_generators, mask_generators, remove_mask_generators
 from .results import describe_run
 from .samples import draw_images
@@ -29,6 +29,7 @@ def build_network(
 ) -> nn.Module:  # the same architecture
     "Build a network from its description; `ValueError` for unknown names or arguments (ours)"
     plain = {name: value for name, value in config.items() if not name.startswith("mask_")}
+    if "head" in model_options(plain["name"]): plain = {"head": "published"} | plain  # older descriptions lack it
     network = create_model(**plain, seed=seed)
     if "mask_generators" not in config: return network
     example = torch.zeros(2, 3, plain["image_size"], plain["image_size"])

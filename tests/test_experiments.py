@@ -14,6 +14,7 @@ from modnb.matrix import check_cells, read_matrix, study_cells
 from modnb.results import compare_systems, read_rows, read_study
 from modnb.running import NotebookFailed, notebook_parameters, run_notebook
 from modnb.samples import draw_subtasks
+from modnb.trained import load_trained
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))
@@ -166,6 +167,44 @@ def test_agreement_benchmark_compares_the_loops(tmp_path):
     assert len(accuracy) == 3 * 2 * 2 and accuracy.value.between(0.05, 1).all()
     apart = rows[rows.metric == "loss_apart"].set_index("system").value
     assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="fast loop") < 1e-3).all()
+
+
+KNOBS = {
+    "plain": {"model": "mobilenet", "head_weights": "published", "dropout": 0.1, "precision": "bfloat16"},
+    "moda": {"dropout": 0.2, "warmup": 0.5, "sites": "features.relu1, features.relu9", "average": "classes"},
+    "mwt": {"model": "mobilenet", "floor": 0.25, "warmup": 1.0, "average": "classes"}}
+
+
+@pytest.mark.parametrize("system", KNOBS)
+def test_knobs_of_the_training_reach_the_network_and_the_rows(system, tmp_path):
+    asked = SMALL | {"system": system, "label_smoothing": 0.1, "max_norm": 5.0} | KNOBS[system]
+    run_notebook(TRAIN, tmp_path / "train.ipynb", asked | {"out": str(tmp_path)})
+    config = json.loads(read_rows(tmp_path / "rows_train.csv").config[0])
+    narrow = {"plain": "published", "moda": "", "mwt": "scaled"}[system]
+    assert asked.items() <= config.items() and config["head_weights"] == narrow
+    assert config["precision"] in (["bfloat16"] if system == "plain" else ["float32", "bfloat16"]), "as it was computed"
+    assert "warmup" in config or system == "plain"
+    network = load_trained(tmp_path, device="cpu").network.config
+    assert network.get("head", "") == narrow and network["dropout"] == KNOBS[system].get("dropout", 0.0)
+    assert network.get("mask_floor") == KNOBS[system].get("floor")
+    first, last = json.loads((tmp_path / "history.json").read_text())
+    assert (first["loss"] == pytest.approx(first["cross_entropy"])) is True, "no other term in the first epoch"
+    assert (last["loss"] == pytest.approx(last["cross_entropy"])) is (system == "plain")
+
+
+def test_a_network_without_the_option_says_so(tmp_path):
+    with pytest.raises(NotebookFailed, match="no option of vgg12 'head'. There is: dropout"):
+        run_notebook(TRAIN, tmp_path / "train.ipynb", {"head_weights": "scaled", "out": str(tmp_path)})
+
+
+def test_networks_of_kept_rows_begin_as_they_did():
+    "Rows of narrow networks from before there was a choice: their studies ask for the published draw"
+    for study in STUDIES:
+        kept = EXPERIMENTS.parents[1] / f"results/{study}.csv"
+        if not kept.is_file(): continue
+        for cell in study_cells(STUDIES, study, notebook_parameters(TRAIN)):
+            if not cell.needs_network or cell.train.get("model") not in ("vgg16", "vgg16_4096", "mobilenet"): continue
+            assert cell.train["width"] >= 1 or cell.train.get("head_weights") == "published", cell.name
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):

@@ -18,7 +18,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modnb.commands import main, measured_epochs, plan_table, study_steps
+from modnb.commands import (
+    hardware_kind,
+    main,
+    measured_epochs,
+    plan_table,
+    scaled_seconds,
+    study_steps,
+    timing_key,
+)
 from modnb.locks import Taken, claimed, gpu_slot, is_held
 from modnb.matrix import check_cells, check_study, choose_studies, read_matrix, study_cells
 from modnb.published import TABLES
@@ -82,6 +90,20 @@ def test_all_is_planned_with_shared_networks_counted_once(tmp_path, capfd):
     assert len({line[0] for line in lines} & set(matrix)) == len(matrix)
 
 
+def test_hours_by_precision_where_a_plan_names_one(tmp_path):
+    settings = {"model": "vgg12", "dataset": "digits", "system": "moda", "epochs": 600, "width": 1.0}
+    for seed, (precision, seconds) in enumerate({"float32": 40.0, "bfloat16": 20.0}.items()):
+        run = describe_run("s", "moda", "vgg12", "digits", seed, settings | {"epochs": 10, "precision": precision})
+        rows = make_rows(run, {"training_time": seconds}, split="train")
+        write_rows(tmp_path / f"networks/net{seed}/rows_train.csv", rows)
+    epochs, kind = measured_epochs([tmp_path]), hardware_kind(run["hardware"])
+    found = [epochs[timing_key(settings | {"precision": precision}, kind)] for precision in ("float32", "bfloat16", "")]
+    assert found == [4.0, 2.0, 3.0], "the median of all where it is left open"
+    five = settings | {"train_limit": 700, "precision": "float32"}
+    assert scaled_seconds(five, epochs, kind) == pytest.approx(4 * 700 / 1437)
+    assert scaled_seconds(five | {"precision": "float16"}, epochs, kind) is None
+
+
 def test_hours_come_from_measured_epochs_of_the_same_kind(tmp_path):
     settings = {"width": 1.0, "batch_size": 64}
     for seed, seconds in ((0, 50.0), (1, 70.0)):
@@ -102,6 +124,8 @@ def test_hours_come_from_measured_epochs_of_the_same_kind(tmp_path):
     for change in ({"width": 0.5}, {"dataset": "svhn"}, {"batch_size": 128}):
         measured, scaled = hours(**change)
         assert measured == "not measured" and re.fullmatch(r"about [\d.,]+", scaled), change
+    assert hours(precision="")[0] == "2", "left open"
+    assert hours(precision="float32") == ["not measured", ""], "older rows do not say what it was"
     assert hours(train_limit=719)[1] == "about 1" and hours(batch_size=128)[1] == "about 2", "half the images"
     assert hours(lr=0.3) == ["2", "about 2"], "does not change the time"
 

@@ -160,6 +160,27 @@ def test_loss_is_the_weighted_sum_of_its_terms_and_terms_stay_tensors():
     torch.testing.assert_close(terms["compactness"], compactness(rows))
 
 
+def test_as_published_the_loss_is_the_plain_sum_bit_for_bit():
+    observed, logits = {"a": torch.rand(8, 4).relu()}, torch.randn(8, 4)
+    labels, objective = torch.arange(8) % 4, MODA(0.7, 1.3, 0.3)
+    objective.start_epoch(1, 10)
+    loss, terms = objective(logits, labels, observed)
+    assert torch.equal(terms["cross_entropy"], nn.functional.cross_entropy(logits, labels))
+    by_hand = terms["cross_entropy"] + 0.7 * terms["affinity"] + 1.3 * terms["dispersion"] + 0.3 * terms["compactness"]
+    assert torch.equal(loss, by_hand)
+
+
+@pytest.mark.parametrize("epoch, share", [(1, 0), (3, 0.5), (5, 1), (8, 1)])
+def test_the_weights_rise_in_a_warm_up_and_labels_are_smoothed(epoch, share):
+    observed, logits, labels = {"a": torch.rand(8, 4)}, torch.randn(8, 4), torch.arange(8) % 4
+    objective = MODA(warmup=0.5, label_smoothing=0.2)
+    objective.start_epoch(epoch, 8)
+    loss, terms = objective(logits, labels, observed)
+    expected = nn.functional.cross_entropy(logits, labels, label_smoothing=0.2)
+    expected = expected + share * (terms["affinity"] + terms["dispersion"] + 0.3 * terms["compactness"])
+    torch.testing.assert_close(loss, expected)
+
+
 def test_zero_weights_are_standard_training():
     logits, labels = torch.randn(8, 4), torch.arange(8) % 4
     loss, _ = MODA(0.0, 0.0, 0.0)(logits, labels, {"a": torch.rand(8, 4, 3, 3)})
@@ -178,7 +199,8 @@ def test_the_loss_does_not_wait_for_the_device():
 @pytest.mark.parametrize("options, message", [
     ({"affinity": -1}, "affinity"), ({"dispersion": math.nan}, "dispersion"),
     ({"compactness": math.inf}, "compactness"),
-    ({"average": "batch"}, "pairs, classes"), ({"compactness_form": "L1"}, "mean, l1")])
+    ({"average": "batch"}, "pairs, classes"), ({"compactness_form": "L1"}, "mean, l1"),
+    ({"warmup": 2}, "warmup must be between 0 and 1"), ({"label_smoothing": -1}, "label_smoothing")])
 def test_bad_settings_are_named(options, message):
     with pytest.raises(ValueError, match=message): MODA(**options)
 
@@ -196,6 +218,9 @@ def test_repr_names_all_settings():
     text = repr(MODA(dispersion=2.0, sites=["relu1"]))
     for part in ("affinity=1.0", "dispersion=2.0", "compactness=0.3", "'pairs'", "'mean'", "relu1"): assert part in text
     assert repr(MODA()) != repr(MODA(compactness_form="l1"))
+    plain = "MODA(affinity=1.0, average='pairs', compactness=0.3, compactness_form='mean', dispersion=1.0, sites=None)"
+    assert repr(MODA()) == plain, "what came later is not said as long as it is not used: older checkpoints still fit"
+    assert "warmup=0.5" in repr(MODA(warmup=0.5))
 
 
 def small_split(n=40, classes=4, seed=0):

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import fx, nn
 
-from modnb.models import RECIPES, create_model, list_models, register_model, scaled
+from modnb.models import RECIPES, create_model, list_models, model_options, register_model, scaled
 
 logging.getLogger("fvcore").setLevel(logging.ERROR)
 ACTIVATIONS = {"vgg16": 15, "vgg16_4096": 15, "vgg12": 11, "simcnn": 15, "rescnn": 12, "resnet18": 17, "mobilenet": 27,
@@ -152,14 +152,16 @@ def test_modular_versions_normalise_all_but_the_first(name):
 
 
 @pytest.mark.parametrize("name, default, count", [
-    ("vgg16", 0.5, 2), ("vgg16_4096", 0.0, 2), ("vgg12", 0.0, 2), ("simcnn", 0.5, 2), ("rescnn", 0.5, 1)])
+    ("vgg16", 0.5, 2), ("vgg16_4096", 0.0, 2), ("vgg12", 0.0, 2), ("simcnn", 0.5, 2), ("rescnn", 0.5, 1),
+    ("resnet18", 0.0, 1), ("mobilenet", 0.0, 1), ("lenet5", 0.0, 2)])
 def test_dropout(name, default, count):
     rates = lambda model: [part.p for part in model.modules() if isinstance(part, nn.Dropout)]
     assert rates(shapes(name)) == ([default] * count if default else [])
     assert rates(shapes(name, dropout=0.4)) == [0.4] * count
     assert rates(shapes(name, dropout=0.0)) == []
     order = [type(part) for part in shapes(name, dropout=0.4).classifier]
-    assert order.index(nn.Dropout) < order.index(nn.Linear) or name.startswith("vgg")
+    assert order.index(nn.Dropout) < order.index(nn.Linear) or name.startswith(("vgg", "lenet"))
+    with pytest.raises(ValueError, match="dropout probability"): shapes(name, dropout=1.5)
 
 
 @every_model
@@ -172,11 +174,39 @@ def test_first_weights(name):
             assert abs(part.weight.mean().item()) < 0.1 * expected
         if isinstance(part, nn.Conv2d) and part.bias is not None: assert not part.bias.any()
         if isinstance(part, nn.BatchNorm2d): assert part.weight.eq(1).all() and not part.bias.any()
-        if isinstance(part, nn.Linear) and name in ("vgg16", "vgg16_4096", "mobilenet"):
-            assert abs(part.weight.std().item() / 0.01 - 1) < 0.1 and not part.bias.any()
-        elif isinstance(part, nn.Linear): # torch's own: uniform within 1 / sqrt(inputs)
-            limit = 1 / math.sqrt(part.in_features)
-            assert 0.9 * limit < part.weight.abs().max().item() <= limit and part.bias.any()
+        if isinstance(part, nn.Linear): check_scaled(part)
+
+
+def check_scaled(linear):
+    "Torch's own draw: uniform within 1 / sqrt(inputs)"
+    limit = 1 / math.sqrt(linear.in_features)
+    assert 0.9 * limit < linear.weight.abs().max().item() <= limit and linear.bias.any()
+
+
+def linears(model):
+    return [part for part in model.modules() if isinstance(part, nn.Linear)]
+
+
+@pytest.mark.parametrize("name", ["vgg16", "mobilenet"])
+def test_the_width_decides_how_a_head_begins_unless_it_is_said(name):
+    same = lambda one, other: all(map(torch.equal, one.state_dict().values(), other.state_dict().values()))
+    full, narrow = (create_model(name, width=width, seed=1) for width in (1, 0.25))
+    assert [full.config["head"], narrow.config["head"]] == ["published", "scaled"]
+    assert same(full, create_model(name, head="published", seed=1)), "the published network is what it was"
+    assert same(narrow, create_model(name, width=0.25, head="scaled", seed=1))
+    published = create_model(name, width=0.25, head="published", seed=1)
+    assert not same(narrow, published) and published.config["head"] == "published"
+    for part in linears(full) + linears(published):
+        assert abs(part.weight.std().item() / 0.01 - 1) < 0.1 and not part.bias.any()
+    for part in linears(narrow) + linears(create_model(name, head="scaled", seed=1)): check_scaled(part)
+    convolved = zip(convolutions(narrow), convolutions(published), strict=True)
+    assert all(torch.equal(one.weight, other.weight) for one, other in convolved), "the head alone is drawn anew"
+
+
+def test_options_of_a_model():
+    assert model_options("mobilenet") == {"dropout": 0.0, "head": None}
+    assert [name for name in ACTIVATIONS if "head" in model_options(name)] == ["vgg16", "vgg16_4096", "mobilenet"]
+    with pytest.raises(ValueError, match="Did you mean 'mobilenet'"): model_options("mobilnet")
 
 
 @every_model
@@ -233,7 +263,9 @@ def test_every_layer_is_scaled(name, width):
 
 @pytest.mark.parametrize("arguments, words", [
     ({"name": "resnet81"}, "Did you mean 'resnet18'.*vgg16.*lenet5"),
-    ({"name": "resnet18", "dropout": 0.5}, "no option of resnet18 'dropout'.*There is: none"),
+    ({"name": "resnet18", "batch_norm": True}, "no option of resnet18 'batch_norm'.*There is: dropout"),
+    ({"name": "resnet18", "head": "scaled"}, "no option of resnet18 'head'.*There is: dropout"),
+    ({"name": "vgg16", "head": "scale"}, "no head 'scale'. Did you mean 'scaled'. There is: published, scaled"),
     ({"name": "simcnn", "batchnorm": True}, "Did you mean 'batch_norm'.*dropout, batch_norm"),
     ({"name": "lenet5", "num_classes": 0}, "num_classes must be a whole number of at least 1"),
     ({"name": "lenet5", "num_classes": 2.5}, "num_classes"),

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import CountOperations, set_jaccard, slow_mean_cosines
 from torch import nn
+from torch.nn import functional as F
 
 from modnb.data import Split, load_dataset
 from modnb.extract import masked
@@ -307,6 +308,10 @@ def test_the_loss_is_the_weighted_sum():
     torch.testing.assert_close(loss, expected)
     assert all(isinstance(term, torch.Tensor) and term.ndim == 0 for term in terms.values())
     torch.testing.assert_close(MwT(0, 0)(logits, labels, observed)[0], CrossEntropy()(logits, labels, {})[0])
+    by_hand = F.cross_entropy(logits, labels) + 2.0 * terms["cohesion_loss"] + 3.0 * terms["coupling_loss"]
+    assert torch.equal(loss, by_hand), "bit for bit"
+    smoothed = MwT(0, 0, label_smoothing=0.3)(logits, labels, observed)[0]
+    torch.testing.assert_close(smoothed, CrossEntropy(0.3)(logits, labels, {})[0])
 
 
 def test_the_loss_does_not_wait_for_the_device():
@@ -350,10 +355,12 @@ def test_weights_and_settings():
     assert published_weights("resnet18", "svhn") == {"w_cohesion": 1.3, "w_coupling": 1.5}
     assert len(PUBLISHED_WEIGHTS) == 8
     with pytest.raises(ValueError, match="mobilenet"): published_weights("mobilenet", "svhn")
-    for options in ({"w_cohesion": -1}, {"w_coupling": math.nan}, {"watch": -1}, {"average": "batch"}):
+    for options in ({"w_cohesion": -1}, {"w_coupling": math.nan}, {"watch": -1}, {"average": "batch"},
+                    {"warmup": 1.5}, {"label_smoothing": 2}):
         with pytest.raises(ValueError, match=next(iter(options))): MwT(**options)
     with pytest.raises(ValueError, match="add_mask_generators"): MwT().prepare(*network("lenet5"))
     assert repr(MwT(watch=5)) == repr(MwT()) and "w_coupling=2.0" in repr(MwT(w_coupling=2.0))
+    assert repr(MwT()) == "MwT(average='pairs', w_cohesion=0.5, w_coupling=1.5)" and "warmup" in repr(MwT(warmup=0.1))
 
 
 # Modularizing

@@ -14,7 +14,7 @@ from modnb.models import create_model
 from modnb.mwt.generators import add_mask_generators, mask_generators, observe_masks
 from modnb.mwt.losses import MwT, cohesion_loss, coupling_loss
 from modnb.mwt.modularize import Recording
-from modnb.mwt.stability import Damp, SteadyMwT, damp_masks, rise
+from modnb.mwt.stability import Damp, SteadyMwT, damp_masks
 from modnb.training import fit, predict, read_checkpoint
 
 
@@ -31,8 +31,8 @@ def few(data):
 
 
 def network(name="mobilenet", seed=0, width=0.125, size=16):
-    example = torch.zeros(2, 3, size, size)
-    return add_mask_generators(create_model(name, width=width, image_size=size, seed=seed), example, seed=seed)
+    example, head = torch.zeros(2, 3, size, size), {"head": "published"} if name == "mobilenet" else {}
+    return add_mask_generators(create_model(name, width=width, image_size=size, seed=seed, **head), example, seed=seed)
 
 
 def same(one, other):
@@ -105,26 +105,16 @@ def test_cross_entropy_reaches_the_maps_in_full(slope):
     if not slope: assert not any(tensor.any() for tensor in found[slope][1:])
 
 
-@given(st.integers(1, 50), st.floats(0.01, 1))
-def test_a_warm_up_rises_from_nothing_to_one(epochs, warmup):
-    factors = [rise(epoch, epochs, warmup) for epoch in range(1, epochs + 1)]
-    assert factors[0] == 0 and factors == sorted(factors) and max(factors) <= 1
-    for epoch, factor in enumerate(factors, 1):
-        if epoch - 1 >= warmup * epochs: assert factor == 1
-        else: assert factor == pytest.approx((epoch - 1) / (warmup * epochs))
-    assert rise(1, epochs, 0) == rise(epochs, epochs, 0.0) == 1
-
-
 @settings(max_examples=20)
-@given(st.integers(0, 99), st.floats(0, 5), st.floats(0, 5), st.integers(1, 9))
-def test_the_loss_is_the_weighted_sum_of_the_moment(seed, together, apart, epoch):
+@given(st.integers(0, 99), st.floats(0, 5), st.floats(0, 5), st.integers(1, 9), st.sampled_from([MwT, SteadyMwT]))
+def test_the_loss_is_the_weighted_sum_of_the_moment(seed, together, apart, epoch, kind):
     random = torch.Generator().manual_seed(seed)
     rows = {str(width): torch.randn(8, width, generator=random).relu() for width in (3, 5)}
     logits, labels = torch.randn(8, 4, generator=random), torch.arange(8) % 4
-    objective = SteadyMwT(together, apart, warmup=0.5)
+    objective = kind(together, apart, warmup=0.5, label_smoothing=0.1)
     objective.start_epoch(epoch, 9)
     masks, share = list(rows.values()), min(1, (epoch - 1) / 4.5)
-    expected = F.cross_entropy(logits, labels) + share * (
+    expected = F.cross_entropy(logits, labels, label_smoothing=0.1) + share * (
         together * cohesion_loss(masks, labels) + apart * coupling_loss(masks, labels))
     loss, terms = objective(logits, labels, rows)
     torch.testing.assert_close(loss, expected)
@@ -177,6 +167,8 @@ def test_a_checkpoint_knows_the_settings(few, tmp_path):
     before = repr(objective)
     objective.start_epoch(1, 10)
     assert repr(objective) == before
+    assert before == "SteadyMwT(average='pairs', mask_slope=0.1, w_cohesion=0.5, w_coupling=1.5, warmup=0.5)"
+    assert "label_smoothing=0.1" in repr(SteadyMwT(label_smoothing=0.1))
 
 
 def test_the_trained_model_has_no_trace_of_it(few):

@@ -475,9 +475,22 @@ def test_validation_and_training_accuracy_are_left_out():
     assert not len(cells(beside(frame(runs([0.17], metric="masked_retention", split="train")), "mwt_table2")))
 
 
+@pytest.mark.parametrize("changed, said", [
+    ({"warmup": 0.5}, "warmup 0.5 instead of 0"), ({"label_smoothing": 0.1}, "label_smoothing 0.1 instead of 0"),
+    ({"dropout": 0.3}, "dropout 0.3 instead of None"), ({"head_weights": "scaled"}, "head_weights scaled instead of"),
+    ({"mask_slope": 0.1}, "mask_slope 0.1 instead of 1"), ({"floor": 0.5}, "floor"), ({"max_norm": 1.0}, "max_norm")])
+def test_a_run_with_something_of_ours_is_no_published_one(changed, said):
+    as_published = {"warmup": 0.0, "label_smoothing": 0.0, "dropout": None, "head_weights": "published",
+                    "mask_slope": 1.0, "floor": 0.0, "max_norm": None, "average": "pairs", "precision": "bfloat16"}
+    shown = [beside(frame(runs([0.9], config=FULL | MWT | as_published | more)), "mwt_table2", smaller=True)
+             for more in ({}, changed)]
+    assert [set(each[each.n > 0].differs) == {""} for each in shown] == [True, False]
+    assert said in shown[1][shown[1].n > 0].differs.iloc[0]
+
+
 def test_mixed_configurations_are_refused():
-    rows = frame(runs([0.9]), runs([0.91], config=FULL | MWT | {"dropout": 0.3}, first=1))
-    said = r"mwt_table2, vgg16 cifar10, mwt accuracy: .* mixed .* dropout not recorded and 0.3"
+    rows = frame(runs([0.9]), runs([0.91], config=FULL | MWT | {"nesterov": False}, first=1))
+    said = r"mwt_table2, vgg16 cifar10, mwt accuracy: .* mixed .* nesterov not recorded and False"
     with pytest.raises(ValueError, match=said): beside(rows, "mwt_table2")
     with pytest.raises(ValueError, match="mixed"): side_by_side(rows, draws=10)
     beside(rows[rows.seed == 0], "mwt_table2")

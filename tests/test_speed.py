@@ -132,6 +132,21 @@ def test_shapes_do_not_depend_on_labels():
     torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("method", ["moda", "mwt"])
+def test_a_warm_up_compiles_once(method, monkeypatch):
+    objective = {"moda": MODA, "mwt": MwT}[method](warmup=1.0)
+    monkeypatch.setitem(OBJECTIVES, method, lambda: objective)
+    _, forward, batch = step_of(method, "vgg12")
+    torch._dynamo.reset()
+    counter, losses = torch._dynamo.testing.CompileCounter(), []
+    whole = torch.compile(forward, backend=counter, fullgraph=True, dynamic=False)
+    for epoch in (1, 2, 3):
+        objective.start_epoch(epoch, 3)
+        losses.append(whole(*batch)[1].item())
+    assert counter.frame_count == 1 and losses == sorted(losses) and losses[0] < losses[-1]
+    torch._dynamo.reset()
+
+
 # The plain loop
 
 

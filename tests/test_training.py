@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import modnb.files
 import modnb.training
 from modnb.data import ImageData, Split, batches, load_dataset
+from modnb.files import load_tensors, save_tensors
 from modnb.models import create_model
 from modnb.training import (
     COLUMNS,
@@ -32,6 +33,7 @@ from modnb.training import (
     Settings,
     TrainingDiverged,
     Unobserved,
+    WeightedTerms,
     count_steps,
     epoch_seed,
     evaluate,
@@ -42,6 +44,7 @@ from modnb.training import (
     make_optimizer,
     predict,
     read_checkpoint,
+    rise,
     run_epoch,
     training_precision,
     wants_progress,
@@ -257,6 +260,53 @@ def test_label_smoothing_is_torchs():
     logits, labels = torch.randn(5, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 1, 2, 0, 1])
     loss, terms = CrossEntropy(0.2)(logits, labels, {})
     assert torch.equal(loss, F.cross_entropy(logits, labels, label_smoothing=0.2)) and [*terms] == ["cross_entropy"]
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(0, 99), st.lists(st.floats(0, 5), min_size=1, max_size=3), st.floats(0.1, 1), st.integers(1, 9))
+def test_weighted_terms_are_added_by_hand(seed, weights, warmup, epoch):
+    random = torch.Generator().manual_seed(seed)
+    terms = dict(zip("abc", torch.rand(len(weights), generator=random)))
+    terms["cross_entropy"] = torch.rand((), generator=random)
+    chosen = dict(zip("abc", weights))
+    expected = terms["cross_entropy"]
+    for name, weight in chosen.items(): expected = expected + weight * terms[name]
+    plain, objective = WeightedTerms(), WeightedTerms(warmup=warmup)
+    plain.start_epoch(epoch, 9)
+    assert torch.equal(plain.add_up(terms, chosen), expected), "bit for bit"
+    assert torch.equal(objective.add_up(terms, chosen), expected), "in full before an epoch is told"
+    objective.start_epoch(epoch, 9)
+    added = min(1, (epoch - 1) / (9 * warmup)) * sum(weight * terms[name] for name, weight in chosen.items())
+    torch.testing.assert_close(objective.add_up(terms, chosen), terms["cross_entropy"] + added)
+
+
+@given(st.integers(1, 50), st.floats(0.01, 1))
+def test_a_warm_up_rises_from_nothing_to_one(epochs, warmup):
+    factors = [rise(epoch, epochs, warmup) for epoch in range(1, epochs + 1)]
+    assert factors[0] == 0 and factors == sorted(factors) and max(factors) <= 1
+    for epoch, factor in enumerate(factors, 1):
+        if epoch - 1 >= warmup * epochs: assert factor == 1
+        else: assert factor == pytest.approx((epoch - 1) / (warmup * epochs))
+    assert rise(1, epochs, 0) == rise(epochs, epochs, 0.0) == 1
+
+
+def test_later_settings_count_in_the_name_where_they_are_used():
+    names = [repr(objective) for objective in (WeightedTerms(), WeightedTerms(0.1))]
+    assert names == ["WeightedTerms()", "WeightedTerms(label_smoothing=0.1)"]
+    for options in ({"warmup": 1.1}, {"label_smoothing": -0.1}, {"warmup": math.nan}):
+        with pytest.raises(ValueError, match=f"{next(iter(options))} must be between 0 and 1"): WeightedTerms(**options)
+
+
+def test_a_checkpoint_from_before_there_was_a_choice_of_heads(few, tmp_path):
+    path, net = tmp_path / "run.ckpt", lambda **options: create_model("mobilenet", width=0.1, image_size=16, **options)
+    train(net(head="published"), few, epochs=1, checkpoint=path)
+    tensors, header = load_tensors(path, "checkpoint")
+    for later in ("model.head", "model.dropout"): del header["run"][later]
+    save_tensors(path, tensors, "checkpoint", {name: header[name] for name in ("epoch", "run", "rows")})
+    assert len(train(net(head="published"), few, epochs=1, checkpoint=path)) == 1
+    for other, told in ((net(), "model.head was 'published' and is 'scaled'"),
+                        (net(head="published", dropout=0.1), "model.dropout was 0.0 and is 0.1")):
+        with pytest.raises(ValueError, match=told): train(other, few, epochs=1, checkpoint=path)
 
 
 def test_history_goes_through_json(few, tmp_path):

@@ -11,11 +11,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, fx, nn
-from torch.nn import functional as F
 
-from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, inverse, join_rows, one_hot
 from ..maps import with_means
-from ..training import Objective
+from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, inverse, join_rows, one_hot
+from ..training import WeightedTerms
 from ..units import function_name, layer_of, observe, tap, trace, unit_sites
 
 # %% ../../nbs/40_moda_losses.ipynb #21361f30
@@ -119,7 +118,7 @@ def observe_activations(
     return watched
 
 # %% ../../nbs/40_moda_losses.ipynb #3aed5bec
-class MODA(Objective):
+class MODA(WeightedTerms):
     "Training for activation-driven modularity (MODA Eq. 7)."
 
     def __init__(
@@ -130,7 +129,10 @@ class MODA(Objective):
         average: str = "pairs", # "pairs" (MODA's program) or "classes" (the paper)
         compactness_form: str = "mean", # "mean" (MODA's program) or "l1" (the paper)
         sites: Iterable[str] | None = None, # where to look, names from `unit_sites`; None: every activation function
+        label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1; as published 0
+        warmup: float = 0.0, # share of the epochs in which the three weights rise from 0, 0 to 1; as published 0
     ):
+        super().__init__(label_smoothing, warmup)
         for name, value in {"affinity": affinity, "dispersion": dispersion, "compactness": compactness}.items():
             if not 0 <= value < float("inf"): raise ValueError(f"{name} must be a weight of at least 0, not {value!r}")
         if average not in AVERAGES: raise ValueError(f"no average {average!r}. There is: {', '.join(AVERAGES)}")
@@ -150,6 +152,7 @@ class MODA(Objective):
         example: Tensor, # [B, 3, H, W]
     ) -> nn.Module: # gives (logits, {site: [B, K]}); shares all parameters with `model`
         "Make the activations visible; ValueError for unknown sites and for networks without any."
+        super().prepare(model, example)
         sites = list(unit_sites(model, example)) if self.sites is None else self.sites
         if not sites: raise ValueError("this network has no activation function before its output: nothing to look at")
         self._unsigned = unsigned_sites(model, example)
@@ -167,8 +170,7 @@ class MODA(Objective):
         if self._group is not None and self.compactness_form == "l1":
             raise ValueError("compactness of form 'l1' averages by class, which processes do not share: use 'mean'")
         together, apart = cosine_losses(rows, labels, self.average, classes, self._group)
-        terms = {"cross_entropy": F.cross_entropy(logits, labels), "affinity": together, "dispersion": apart,
+        terms = {"cross_entropy": self.cross_entropy(logits, labels), "affinity": together, "dispersion": apart,
                  "compactness": compactness(rows, labels, self.compactness_form, classes)}
-        weights = {"cross_entropy": 1.0, "affinity": self.affinity, "dispersion": self.dispersion,
-                   "compactness": self.compactness}
-        return sum(weights[name] * term for name, term in terms.items()), terms
+        weights = {"affinity": self.affinity, "dispersion": self.dispersion, "compactness": self.compactness}
+        return self.add_up(terms, weights), terms

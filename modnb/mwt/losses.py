@@ -12,12 +12,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ..data import choose
 from .generators import fuse_scaling, observe_masks
 from ..similarity import AVERAGES, cosine_losses, join_rows, one_hot
-from ..training import Objective
+from ..training import WeightedTerms
 
 # %% ../../nbs/31_mwt_losses.ipynb #f3fd969a
 def cohesion_loss(
@@ -89,7 +88,7 @@ class CollapseWarning(UserWarning):
     "Layers of a modular model are dead, or it has come to say always the same (ours)."
 
 # %% ../../nbs/31_mwt_losses.ipynb #744f2ede
-class MwT(Objective):
+class MwT(WeightedTerms):
     "Modular training: cross-entropy, cohesion loss and coupling loss (MwT Eq. 6)."
 
     def __init__(
@@ -98,7 +97,10 @@ class MwT(Objective):
         w_coupling: float = 1.5, # weight of the coupling loss, MwT's beta
         average: str = "pairs", # "pairs" (MwT's program) or "classes" (the paper)
         watch: int = 1, # epochs from one look for a collapse to the next; 0: never
+        label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1; as published 0
+        warmup: float = 0.0, # share of the epochs in which both weights rise from 0, 0 to 1; as published 0
     ):
+        super().__init__(label_smoothing, warmup)
         for name, value in {"w_cohesion": w_cohesion, "w_coupling": w_coupling, "watch": watch}.items():
             if not 0 <= value < float("inf"): raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
         self.average = choose(average, AVERAGES, "average")
@@ -108,9 +110,10 @@ class MwT(Objective):
     def prepare(
         self,
         model: nn.Module, # from `add_mask_generators`, in training mode
-        example: Tensor, # of no effect
+        example: Tensor, # on the device of the model
     ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
         "Make the soft masks visible; ValueError for a model without mask generators."
+        super().prepare(model, example)
         return fuse_scaling(observe_masks(model))
 
     def __call__(
@@ -122,8 +125,8 @@ class MwT(Objective):
         "Compute the loss of one batch, in nats."
         rows = list(observed.values())
         together, apart = cosine_losses(rows, labels, self.average, logits.shape[1], self._group)
-        terms = {"cross_entropy": F.cross_entropy(logits, labels), "cohesion_loss": together, "coupling_loss": apart}
-        loss = terms["cross_entropy"] + self.w_cohesion * together + self.w_coupling * apart
+        terms = {"cross_entropy": self.cross_entropy(logits, labels), "cohesion_loss": together, "coupling_loss": apart}
+        loss = self.add_up(terms, {"cohesion_loss": self.w_cohesion, "coupling_loss": self.w_coupling})
         return loss, terms | mask_health(rows, logits)
 
     def end_epoch(
