@@ -40,7 +40,7 @@ help:
 
 demo: .venv/.ready
 	$(call say,'training and taking apart: study demo of nbs/experiments/matrix.yaml')
-	@$(BIN)/python -m modnb.commands run demo --jobs $(JOBS) --runs $(RUNS)
+	@$(BIN)/python -m modnb.lab.commands run demo --jobs $(JOBS) --runs $(RUNS)
 	$(call say,'the table')
 	@cat $(RUNS)/demo/report.txt
 

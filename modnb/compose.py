@@ -25,13 +25,13 @@ from .training import evaluating, home_of
 
 # %% ../nbs/15_compose.ipynb #e66d87b9
 class Composer:
-    "Makes models for sub-tasks of one modular model (ours)"
+    "Makes models for sub-tasks of one modular model."
 
     def __init__(
         self,
-        model: nn.Module,  # the modular model, not changed
-        masks: ModuleMasks,  # its modules
-        example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
+        model: nn.Module, # the modular model, not changed
+        masks: ModuleMasks, # its modules
+        example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
     ):
         self.model, self.masks = model, masks
         self.shape = [1, *example.shape[1:]]
@@ -39,10 +39,10 @@ class Composer:
 
     def __call__(
         self,
-        classes: Iterable[str | int],  # the sub-task, names or indices
-        multiple: int = 1,  # fill the units of each site up to a multiple of this
-    ) -> nn.Module:  # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
-        "A smaller model that serves these classes; unknown or repeated classes raise `ValueError` (MODA Sec. 3.3)"
+        classes: Iterable[str | int], # the sub-task, names or indices
+        multiple: int = 1, # fill the units of each site up to a multiple of this
+    ) -> nn.Module: # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
+        "A smaller model that serves these classes; unknown or repeated classes raise `ValueError` (MODA Sec. 3.3)."
         columns = class_indices(classes, self.masks.classes)
         keep = self.masks.keep(columns, multiple)
         composed = self.anatomy.extract(keep, outputs=columns)
@@ -53,22 +53,22 @@ class Composer:
 
 # %% ../nbs/15_compose.ipynb #1c3744af
 def compose(
-    model: nn.Module,  # the modular model, not changed
-    masks: ModuleMasks,  # its modules
-    classes: Iterable[str | int],  # the sub-task, names or indices
-    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
-    multiple: int = 1,  # fill the units of each site up to a multiple of this: processors like 8 or 16
-) -> nn.Module:  # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
-    "Compose modules of one model into a smaller model, without fine-tuning; raises `ValueError` (MODA Sec. 3.3)"
+    model: nn.Module, # the modular model, not changed
+    masks: ModuleMasks, # its modules
+    classes: Iterable[str | int], # the sub-task, names or indices
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+    multiple: int = 1, # fill the units of each site up to a multiple of this: processors like 8 or 16
+) -> nn.Module: # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
+    "Compose modules of one model into a smaller model, without fine-tuning; raises `ValueError` (MODA Sec. 3.3)."
     return Composer(model, masks, example)(classes, multiple)
 
 # %% ../nbs/15_compose.ipynb #2dd0ae74
 class ParallelModules(nn.Module):
-    "Modules side by side, each giving the logits of its own classes; raises `ValueError` (CNNSplitter Sec. 3.3.1)"
+    "Modules side by side, each giving the logits of its own classes; raises `ValueError` (CNNSplitter Sec. 3.3.1)."
 
     def __init__(
         self,
-        modules: Iterable[nn.Module],  # from `compose`, also of different networks; shared, not copied
+        modules: Iterable[nn.Module], # from `compose`, also of different networks; shared, not copied
     ):
         super().__init__()
         parts = list(modules)
@@ -86,27 +86,27 @@ class ParallelModules(nn.Module):
 
     def forward(
         self,
-        x: torch.Tensor,  # `[B, C, H, W]`
-    ) -> torch.Tensor:  # logits `[B, len(self.classes)]`
+        x: torch.Tensor, # `[B, C, H, W]`
+    ) -> torch.Tensor: # logits `[B, len(self.classes)]`
         "Every module sees every image."
         return torch.cat([part(x) for part in self.parts], 1)
 
 # %% ../nbs/15_compose.ipynb #e0c8ad6c
 def compose_parallel(
-    model: nn.Module,  # the modular model, not changed
-    masks: ModuleMasks,  # its modules
-    classes: Iterable[str | int],  # the classes to serve, names or indices
-    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
-) -> ParallelModules:  # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
-    "Extract a module for each class and run them side by side; raises `ValueError` (CNNSplitter Sec. 3.3.1)"
+    model: nn.Module, # the modular model, not changed
+    masks: ModuleMasks, # its modules
+    classes: Iterable[str | int], # the classes to serve, names or indices
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+) -> ParallelModules: # outputs `[B, len(classes)]` in the order of the model's classes; `.classes` names them
+    "Extract a module for each class and run them side by side; raises `ValueError` (CNNSplitter Sec. 3.3.1)."
     composer = Composer(model, masks, example)
     return ParallelModules([composer([c]) for c in class_indices(classes, masks.classes)])
 
 # %% ../nbs/15_compose.ipynb #5e00b3b0
 def copy_module(
-    module: nn.Module,  # from `compose`, or `ParallelModules` of such
-) -> nn.Module:  # independent of `module`
-    "Copy a composed model, with its classes and what a file of it needs (ours)"
+    module: nn.Module, # from `compose`, or `ParallelModules` of such
+) -> nn.Module: # independent of `module`
+    "Copy a composed model, with its classes and what a file of it needs."
     twin = copy.deepcopy(module)
     for name, part in module.named_modules():
         new = twin.get_submodule(name)
@@ -117,9 +117,9 @@ def copy_module(
 
 # %% ../nbs/15_compose.ipynb #1318b240
 def pack_module(
-    module: nn.Module,  # from `compose`, or `ParallelModules` of such
-) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:  # tensors by name, and plain values
-    "Take a module apart into what a file can hold; raises `ValueError` for any other network (ours)"
+    module: nn.Module, # from `compose`, or `ParallelModules` of such
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]: # tensors by name, and plain values
+    "Take a module apart into what a file can hold; raises `ValueError` for any other network."
     if isinstance(module, ParallelModules):
         packed = [pack_module(part) for part in module.parts]
         tensors = {f"{i}/{name}": t for i, (part, _) in enumerate(packed) for name, t in part.items()}
@@ -133,21 +133,21 @@ def pack_module(
 
 def below(
     tensors: dict[str, torch.Tensor],
-    start: str,  # of the names wanted
-) -> dict[str, torch.Tensor]:  # the rest of the name -> tensor
-    "Pick the tensors whose names begin alike (ours)"
+    start: str, # of the names wanted
+) -> dict[str, torch.Tensor]: # the rest of the name -> tensor
+    "Pick the tensors whose names begin alike."
     return {name.removeprefix(start): t for name, t in tensors.items() if name.startswith(start)}
 
 
 def unpack_module(
     tensors: dict[str, torch.Tensor],
     header: dict[str, Any],
-    path: str | Path,  # of the file, for messages
-    model: nn.Module | None = None,  # an instance of the architecture; None builds it if it is one of ours
-    argument: str = "load_module(path, model=...)",  # where such an instance can be given, for the message
-    traced: dict[str, Anatomy] | None = None,  # architectures met before
-) -> nn.Module:  # in evaluation mode
-    "Rebuild what `pack_module` took apart; raises as `load_module` (ours)"
+    path: str | Path, # of the file, for messages
+    model: nn.Module | None = None, # an instance of the architecture; None builds it if it is one of ours
+    argument: str = "load_module(path, model=...)", # where such an instance can be given, for the message
+    traced: dict[str, Anatomy] | None = None, # architectures met before
+) -> nn.Module: # in evaluation mode
+    "Rebuild what `pack_module` took apart; raises as `load_module`."
     traced = {} if traced is None else traced
     if "parts" in header:
         parts = [unpack_module(below(tensors, f"{i}/"), part, path, model, argument, traced)
@@ -166,22 +166,22 @@ def unpack_module(
 
 # %% ../nbs/15_compose.ipynb #0f6d54e6
 def load_state(
-    model: nn.Module,  # gets the weights
+    model: nn.Module, # gets the weights
     weights: dict[str, torch.Tensor],
-    path: str | Path,  # of the file, for the message
+    path: str | Path, # of the file, for the message
 ) -> None:
-    "Fill in weights; raises `UnreadableFile` where names or shapes differ (ours)"
+    "Fill in weights; raises `UnreadableFile` where names or shapes differ."
     try: model.load_state_dict(weights)
     except RuntimeError as error:
         raise UnreadableFile(f"{path} holds weights of another architecture: {error}") from error
 
 
 def registered(
-    config: dict[str, Any] | None,  # of a network from `create_model`
-    path: str | Path,  # of the file, for the message
-    argument: str,  # where a network of one's own can be given, for the message
+    config: dict[str, Any] | None, # of a network from `create_model`
+    path: str | Path, # of the file, for the message
+    argument: str, # where a network of one's own can be given, for the message
 ) -> nn.Module:
-    "Build an architecture of the registry; raises `ValueError` for any other (ours)"
+    "Build an architecture of the registry; raises `ValueError` for any other."
     from modnb.models import create_model
 
     if config: return create_model(**config)
@@ -189,39 +189,39 @@ def registered(
 
 # %% ../nbs/15_compose.ipynb #7ca528d3
 def save_module(
-    module: nn.Module,  # from `compose`, or `ParallelModules` of such
+    module: nn.Module, # from `compose`, or `ParallelModules` of such
     path: str | Path,
 ) -> None:
-    "Write a composed model into one safetensors file, without pickle (ours)"
+    "Write a composed model into one safetensors file, without pickle."
     tensors, header = pack_module(module)
     save_tensors(path, tensors, "module", header)
 
 
 def load_module(
     path: str | Path,
-    model: nn.Module | None = None,  # an instance of the architecture; None builds it if it is one of ours
+    model: nn.Module | None = None, # an instance of the architecture; None builds it if it is one of ours
     device: str | torch.device = "cpu",
-) -> nn.Module:  # as it was saved, in evaluation mode
-    "Read what `save_module` wrote; raises `UnreadableFile`, and `ValueError` where an architecture is missing (ours)"
+) -> nn.Module: # as it was saved, in evaluation mode
+    "Read what `save_module` wrote; raises `UnreadableFile`, and `ValueError` where an architecture is missing."
     tensors, header = load_tensors(path, "module")
     return unpack_module(tensors, header, path, model).to(device)
 
 # %% ../nbs/15_compose.ipynb #66600cc9
 def save_onnx(
-    module: nn.Module,  # any network; `.classes`, if it has them, are kept as metadata
-    example: torch.Tensor,  # `[B, C, H, W]`; the batch may be of another size later
+    module: nn.Module, # any network; `.classes`, if it has them, are kept as metadata
+    example: torch.Tensor, # `[B, C, H, W]`; the batch may be of another size later
     path: str | Path,
-    notes: dict[str, Any] | None = None,  # more metadata, such as mean and deviation of the pixels; written as JSON
+    notes: dict[str, Any] | None = None, # more metadata, such as mean and deviation of the pixels; written as JSON
 ) -> None:
-    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing (ours)"
-    try: import onnx, onnxscript  # noqa: E401, F401
+    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing."
+    try: import onnx, onnxscript # noqa: E401, F401
     except ImportError as error:
         raise ImportError("save_onnx needs two more packages: pip install onnx onnxscript") from error
-    images = example[:1].expand(2, *example.shape[1:]).to(home_of(module, example.device))  # 1 would be taken as fixed
+    images = example[:1].expand(2, *example.shape[1:]).to(home_of(module, example.device)) # 1 would be taken as fixed
     options = {"input_names": ["images"], "output_names": ["scores"], "verbose": False, "external_data": False,
                "dynamic_shapes": ({0: torch.export.Dim("batch")},)}
     with evaluating(module), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # torch's exporter warns about torch's own code
+        warnings.simplefilter("ignore", FutureWarning) # torch's exporter warns about torch's own code
         program = torch.onnx.export(module, (images,), dynamo=True, **options)
     about = {"classes": getattr(module, "classes", None), **(notes or {})}
     model = program.model_proto

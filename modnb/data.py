@@ -35,7 +35,7 @@ def choose(
     known: Sequence[str], # names that exist
     what: str, # what they are names of, for the message
 ) -> str: # the same name
-    "Return a name that exists; raise ValueError that lists what exists for any other (ours)."
+    "Return a name that exists; raise ValueError that lists what exists for any other."
     if given in known: return given
     near = get_close_matches(str(given), known, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -47,7 +47,7 @@ def whole_number(
     value: int, # what was given
     minimum: int, # smallest value allowed
 ) -> int: # the same
-    "Return a whole number; raise ValueError for anything else and for one that is too small (ours)."
+    "Return a whole number; raise ValueError for anything else and for one that is too small."
     try: number = minimum - 1 if isinstance(value, bool) else operator.index(value)
     except TypeError: number = minimum - 1
     if number < minimum: raise ValueError(f"{name} must be a whole number of at least {minimum}, not {value!r}")
@@ -58,7 +58,7 @@ def class_index(
     item: str | int, # name or position of a class
     classes: Sequence[str], # all class names, in order
 ) -> int: # position in `classes`
-    "Find one class by name or position; raise ValueError for an unknown one (ours)."
+    "Find one class by name or position; raise ValueError for an unknown one."
     if isinstance(item, str): return list(classes).index(choose(item, classes, "class"))
     try: index = -1 if isinstance(item, bool) else operator.index(item)
     except TypeError: index = -1
@@ -70,7 +70,7 @@ def class_indices(
     names_or_indices: Iterable[str | int] | str | int, # names or positions, in any order; one alone will do
     classes: Sequence[str], # all class names, in order
 ) -> list[int]: # positions in `classes`, ascending
-    "Find classes by name or position; raise ValueError for none, for a repeated or an unknown one (ours)."
+    "Find classes by name or position; raise ValueError for none, for a repeated or an unknown one."
     chosen = [names_or_indices] if isinstance(names_or_indices, str | int) else list(names_or_indices)
     found = [class_index(item, classes) for item in chosen]
     if not found: raise ValueError(f"no class chosen. There is: {', '.join(classes)}")
@@ -82,7 +82,7 @@ def class_indices(
 def pick_device(
     device: str | torch.device | None = None, # the one to use; None: the best there is
 ) -> torch.device: # the device
-    "Choose an accelerator where there is one, else the CPU; raise ValueError for a device that is not there (ours)."
+    "Choose an accelerator where there is one, else the CPU; raise ValueError for a device that is not there."
     best = torch.accelerator.current_accelerator(check_available=True)
     if device is None: return best or torch.device("cpu")
     try: return torch.empty(0, device=device).device
@@ -118,7 +118,7 @@ def crop_flip(
 # %% ../nbs/00_data.ipynb #80307678
 @dataclass
 class Split:
-    "Images of one split with all that making batches of them needs; ValueError for tensors that do not fit (ours)."
+    "Images of one split with all that making batches of them needs; ValueError for tensors that do not fit."
     images: Tensor # [N, 3, H, W], uint8
     labels: Tensor # [N], int64, positions in `classes`
     classes: list[str] # names, in order
@@ -170,7 +170,7 @@ class Split:
 def images_per_class(
     split: Split,
 ) -> Tensor: # [C], float32, on the split's device
-    "Count the images of every class; ValueError naming classes without any (ours)."
+    "Count the images of every class; ValueError naming classes without any."
     sizes = torch.bincount(split.labels, minlength=len(split.classes))
     absent = [name for name, size in zip(split.classes, sizes.tolist()) if not size]
     if absent:
@@ -181,7 +181,7 @@ def images_per_class(
 # %% ../nbs/00_data.ipynb #bde7ee8f
 @dataclass
 class ImageData:
-    "The splits of one dataset (ours)."
+    "The splits of one dataset."
     name: str # of the dataset
     classes: list[str] # names, in order
     train: Split # to learn from
@@ -244,7 +244,7 @@ def iterate(
     augmentation: tuple[Tensor, Tensor] | None, # offsets [N, 2] and mirrored [N]; None for images as they are
     drop_last: bool, # leave out the last batch where it is smaller
 ) -> Iterator[tuple[Tensor, Tensor]]: # ([B, 3, H, W] normalised float32, [B] int64)
-    "Go through the images in a given order with given crops (ours)."
+    "Go through the images in a given order with given crops."
     mean, std = (torch.tensor(value, device=split.device) for value in (split.mean, split.std))
     for start in range(0, len(order) - (batch_size - 1 if drop_last else 0), batch_size):
         chosen = order[start:start + batch_size]
@@ -264,7 +264,7 @@ def batches(
     seed: int | None = None, # instead of a generator: the same epoch every time
     drop_last: bool = False, # leave out the last batch where it is smaller
 ) -> Iterator[tuple[Tensor, Tensor]]: # ([B, 3, H, W] normalised float32, [B] int64), on the split's device
-    "Make one epoch of batches; raise ValueError for randomness without a source (ours)."
+    "Make one epoch of batches; raise ValueError for randomness without a source."
     batch_size = whole_number("batch_size", batch_size, 1)
     if generator is not None and seed is not None: raise ValueError("pass generator or seed, not both")
     if (augment or shuffle) and generator is None and seed is None:
@@ -281,7 +281,7 @@ def hold_out(
     seed: int, # decides which
     classes: Sequence[str], # names, for the message
 ) -> tuple[Tensor, Tensor]: # positions that stay and positions held out, both ascending
-    "Split positions class by class; raise ValueError for a share or a class that cannot be split (ours)."
+    "Split positions class by class; raise ValueError for a share or a class that cannot be split."
     if not 0 <= fraction < 1: raise ValueError(f"a share to hold out must be at least 0 and below 1, not {fraction!r}")
     if not fraction: return torch.arange(len(labels)), torch.arange(0)
     random, held = RandomState(seed), torch.zeros(len(labels), dtype=torch.bool)
@@ -298,7 +298,7 @@ def resize(
     images: Tensor, # [N, 3, H, W], uint8
     size: int, # new side, pixels
 ) -> Tensor: # [N, 3, size, size], uint8
-    "Bring images to another size, bilinear (ours)."
+    "Bring images to another size, bilinear."
     if images.shape[2:] == (size, size): return images
     scale = partial(F.interpolate, size=(size, size), mode="bilinear", antialias=True)
     return torch.cat([scale(part.float()).round().clamp(0, 255).byte() for part in images.split(4096)])
@@ -307,7 +307,7 @@ def resize(
 def channel_statistics(
     images: Tensor, # [N, 3, H, W], uint8
 ) -> tuple[tuple[float, ...], tuple[float, ...]]: # mean and deviation of the three channels, on the scale 0..1
-    "Measure the constants of normalisation; a channel without contrast gets a deviation of one grey level (ours)."
+    "Measure the constants of normalisation; a channel without contrast gets a deviation of one grey level."
     levels, statistics = torch.arange(256, dtype=torch.float64) / 255, []
     for channel in images.unbind(1):
         counts = sum(torch.bincount(part.flatten(), minlength=256) for part in channel.split(4096))
@@ -318,15 +318,15 @@ def channel_statistics(
 
 # %% ../nbs/00_data.ipynb #790aabae
 class MissingDataset(ValueError, FileNotFoundError):
-    "A dataset is not where it was looked for; the message says where that was and how to get it (ours)."
+    "A dataset is not where it was looked for; the message says where that was and how to get it."
 
 class CorruptFile(ValueError):
-    "A file is not what it should be; the message names it and its md5 (ours)."
+    "A file is not what it should be; the message names it and its md5."
 
 # %% ../nbs/00_data.ipynb #4bcd7e4c
 @dataclass
 class Source:
-    "What a loader has found (ours)."
+    "What a loader has found."
     classes: list[str] # names, in order
     train: tuple[Tensor, Tensor] # images [N, 3, H, W], uint8, and labels [N], int64
     test: tuple[Tensor, Tensor] # the same
@@ -342,14 +342,14 @@ DATASETS: dict[str, tuple[Callable[..., Source], int]] = {} # by name: loader, u
 def register_dataset(
     image_size: int = 32, # side of the images where none is asked for, pixels
 ) -> Callable: # decorator of a loader `(root, image_size, download, *, options) -> Source`
-    "List a loader under its own name; its keyword-only parameters are the dataset's options (ours)."
+    "List a loader under its own name; its keyword-only parameters are the dataset's options."
     def add(load: Callable[..., Source]) -> Callable[..., Source]:
         DATASETS[load.__name__] = load, image_size
         return load
     return add
 
 def list_datasets() -> list[str]: # names for `load_dataset`
-    "List the datasets (ours)."
+    "List the datasets."
     return list(DATASETS)
 
 # %% ../nbs/00_data.ipynb #ce5a5daa
@@ -359,7 +359,7 @@ def digits(
     image_size: int, # side, pixels
     download: bool, # of no effect
 ) -> Source: # 1,437 training and 360 test images
-    "Load scikit-learn's 8x8 handwritten digits, split 80 to 20 once and for all (ours)."
+    "Load scikit-learn's 8x8 handwritten digits, split 80 to 20 once and for all."
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
     grey, labels = load_digits(return_X_y=True)
@@ -373,7 +373,7 @@ def digits(
 def md5_of(
     path: Path, # file
 ) -> str: # 32 hexadecimal digits
-    "Compute a file's md5 (ours)."
+    "Compute a file's md5."
     with open(path, "rb") as file:
         return hashlib.file_digest(file, partial(hashlib.md5, usedforsecurity=False)).hexdigest()
 
@@ -384,7 +384,7 @@ def check_files(
     files: dict[str, str], # md5 by path below root
     addresses: Sequence[str], # where they come from
 ) -> None:
-    "Raise MissingDataset where a file is absent and CorruptFile where one has another md5 (ours)."
+    "Raise MissingDataset where a file is absent and CorruptFile where one has another md5."
     missing = [file for file in files if not (root / file).is_file()]
     if missing:
         raise MissingDataset(
@@ -405,7 +405,7 @@ def open_official(
     fetch: Callable[[], object] | None, # downloads what is absent or corrupt; None: not allowed
     read: Callable[[], tuple], # opens torchvision's dataset classes, which check md5s
 ) -> tuple: # what `read` gives
-    "Read a published dataset, after a download where allowed; raise MissingDataset or CorruptFile (ours)."
+    "Read a published dataset, after a download where allowed; raise MissingDataset or CorruptFile."
     try: return read()
     except RuntimeError: # torchvision's answer to absent and to corrupt files
         if fetch is not None:
@@ -486,7 +486,7 @@ def read_image(
     path: Path, # image file
     size: int, # side, pixels
 ) -> Tensor: # [3, size, size], uint8
-    "Read an image, bring its shorter side to `size` and cut out the centre; raise CorruptFile with its md5 (ours)."
+    "Read an image, bring its shorter side to `size` and cut out the centre; raise CorruptFile with its md5."
     import numpy
     from PIL import Image, ImageOps
     try:
@@ -502,13 +502,13 @@ def read_image(
 def subfolders(
     folder: Path, # where to look
 ) -> list[str]: # names in alphabetical order
-    "List the folders in a folder, but hidden ones (ours)."
+    "List the folders in a folder, but hidden ones."
     return sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
 
 def image_files(
     folder: Path, # where to look
 ) -> list[Path]: # in alphabetical order
-    "List the images in a folder, but hidden ones; raise ValueError for none (ours)."
+    "List the images in a folder, but hidden ones; raise ValueError for none."
     paths = sorted(path for path in folder.iterdir()
                    if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith("."))
     if not paths: raise ValueError(f"no image in {folder}. Known endings: {', '.join(IMAGE_SUFFIXES)}")
@@ -520,7 +520,7 @@ def read_folder(
     classes: list[str], # names of these folders, in order
     size: int, # side, pixels
 ) -> tuple[Tensor, Tensor]: # images [N, 3, size, size], uint8, and labels [N], int64
-    "Read CLASS/*, in alphabetical order; raise ValueError for missing, unknown or empty classes (ours)."
+    "Read CLASS/*, in alphabetical order; raise ValueError for missing, unknown or empty classes."
     from tqdm import tqdm
     found = subfolders(folder)
     if found != classes:
@@ -544,7 +544,7 @@ def folder(
     *,
     test: float | None = None, # share held out for testing where there is no test/; None: 0.2
 ) -> Source: # images in the order of their names
-    "Load images from folders named after their classes; raise ValueError for another layout (ours)."
+    "Load images from folders named after their classes; raise ValueError for another layout."
     if not root.is_dir(): raise MissingDataset(f"no folder {root}. {FOLDER_LAYOUT}")
     top = subfolders(root)
     if not top or ("train" in top) != ("test" in top):
@@ -562,7 +562,7 @@ def find_data(
     name: str | Path, # of a dataset, or a folder of images
     root: str | Path | None, # where it lies; None: $MODNB_DATA or ~/.cache/modnb
 ) -> tuple[str, str, Path]: # loader, the data's own name, place
-    "Tell datasets from folders of images; raise ValueError for a name that is neither (ours)."
+    "Tell datasets from folders of images; raise ValueError for a name that is neither."
     name, path = str(name), Path(name).expanduser()
     if name not in DATASETS and (path.is_dir() or len(path.parts) > 1):
         if root is not None: raise ValueError(f"{name!r} is a folder by itself, leave out root={str(root)!r}")
@@ -578,7 +578,7 @@ def split_valid(
     fraction: float, # share of the training images to hold out
     seed: int, # decides which
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]: # images and labels to train on, and held out
-    "Hold validation images out, or take the dataset's own; raise ValueError where both are asked for (ours)."
+    "Hold validation images out, or take the dataset's own; raise ValueError where both are asked for."
     images, labels = source.train
     if source.valid is None:
         kept, held = hold_out(labels, fraction, seed, source.classes)
@@ -599,7 +599,7 @@ def load_dataset(
     crop_padding: int | None = None, # border of the random crop, pixels; None: side / 8, for digits side / 16
     **options, # the dataset's own: `extra` (svhn), `test` (folder)
 ) -> ImageData: # splits as tensors on the device
-    "Load a dataset; raise ValueError for what does not exist, MissingDataset, CorruptFile (ours)."
+    "Load a dataset; raise ValueError for what does not exist, MissingDataset, CorruptFile."
     loader, name, root = find_data(name, root)
     load, usual_size = DATASETS[loader]
     known = [p.name for p in inspect.signature(load).parameters.values() if p.kind is p.KEYWORD_ONLY]

@@ -41,16 +41,16 @@ CPU = torch.device("cpu")
 
 
 class Live(NamedTuple):
-    "The living channels of one tensor (ours)"
-    axis: int  # dimension of the tensor that holds its units
-    mask: torch.Tensor  # `[K]`, bool, on the CPU: True where a channel can be anything but zero
+    "The living channels of one tensor."
+    axis: int # dimension of the tensor that holds its units
+    mask: torch.Tensor # `[K]`, bool, on the CPU: True where a channel can be anything but zero
 
 
 def all_alive(
     node: fx.Node,
-    axis: int | None = None,  # dimension of the units; None looks for it
-) -> Live | None:  # None for values that are no tensors with a unit dimension
-    "Every channel of a node alive (ours)"
+    axis: int | None = None, # dimension of the units; None looks for it
+) -> Live | None: # None for values that are no tensors with a unit dimension
+    "Every channel of a node alive."
     shape = node.meta["shape"]
     if not isinstance(shape, tuple) or not shape: return None
     axis = unit_axis(node) if axis is None else axis
@@ -58,14 +58,14 @@ def all_alive(
 
 # %% ../nbs/12_extract.ipynb #f0a9efeb
 class EmptyModule(ValueError):
-    "A site or layer that would keep no unit at all (ours)"
+    "A site or layer that would keep no unit at all."
 
 # %% ../nbs/12_extract.ipynb #e33a08bc
 def clone_layer(
-    layer: nn.Module,  # a layer without children
-    **parameters: torch.Tensor | None,  # replacements by name: `weight=`, `bias=`, `running_mean=`, ...
-) -> nn.Module:  # independent of `layer`
-    "Copy a layer, putting other tensors in the place of some of its parameters and buffers (ours)"
+    layer: nn.Module, # a layer without children
+    **parameters: torch.Tensor | None, # replacements by name: `weight=`, `bias=`, `running_mean=`, ...
+) -> nn.Module: # independent of `layer`
+    "Copy a layer, putting other tensors in the place of some of its parameters and buffers."
     new = copy.copy(layer)
     new._parameters, new._buffers = dict(layer._parameters), dict(layer._buffers)
     for name, old in (*layer._parameters.items(), *layer._buffers.items()):
@@ -77,15 +77,15 @@ def clone_layer(
 
 # %% ../nbs/12_extract.ipynb #a2b81481
 def _take(tensor: torch.Tensor | None, mask: torch.Tensor, dim: int = 0) -> torch.Tensor | None:
-    "The part of a tensor that a boolean mask over one dimension selects"
+    "The part of a tensor that a boolean mask over one dimension selects."
     return None if tensor is None else tensor.index_select(dim, mask.nonzero().flatten().to(tensor.device))
 
 
 def slice_rows(
-    layer: nn.Module,  # one entry per channel in each parameter: normalisation, PReLU, depthwise convolution
-    rows: torch.Tensor,  # `[K]`, bool
+    layer: nn.Module, # one entry per channel in each parameter: normalisation, PReLU, depthwise convolution
+    rows: torch.Tensor, # `[K]`, bool
 ) -> nn.Module:
-    "A copy of a channel-wise layer for the kept channels (ours)"
+    "A copy of a channel-wise layer for the kept channels."
     tensors = {n: t for n, t in (*layer._parameters.items(), *layer._buffers.items()) if t is not None and t.dim()}
     new = clone_layer(layer, **{n: _take(t, rows) for n, t in tensors.items() if len(t) == len(rows)})
     for name in ("num_features", "num_parameters", "in_channels", "out_channels", "groups"):
@@ -94,11 +94,11 @@ def slice_rows(
 
 
 def slice_dense(
-    layer: nn.Module,  # `nn.Linear` or a convolution with one group: weight `[out, in, ...]`
-    rows: torch.Tensor,  # `[out]`, bool
-    columns: torch.Tensor,  # `[in]`, bool
+    layer: nn.Module, # `nn.Linear` or a convolution with one group: weight `[out, in, ...]`
+    rows: torch.Tensor, # `[out]`, bool
+    columns: torch.Tensor, # `[in]`, bool
 ) -> nn.Module:
-    "A copy of a linear layer or convolution for the kept outputs and inputs (ours)"
+    "A copy of a linear layer or convolution for the kept outputs and inputs."
     new = clone_layer(layer, weight=_take(_take(layer.weight, rows), columns, 1), bias=_take(layer.bias, rows))
     names = ("in_features", "out_features") if isinstance(layer, nn.Linear) else ("in_channels", "out_channels")
     setattr(new, names[0], int(columns.sum()))
@@ -107,35 +107,35 @@ def slice_dense(
 
 # %% ../nbs/12_extract.ipynb #1b42fc2f
 class Rule:
-    "How one node's channels depend on its inputs' (ours)"
+    "How one node's channels depend on its inputs'."
 
     def __init__(self, node: fx.Node):
         self.node, self.layer, self.shape = node, layer_of(node), node.meta["shape"]
 
     def alive(self, live: dict[fx.Node, Live | None]) -> Live | None:
-        "Living channels of the node's output, from those of its inputs"
+        "Living channels of the node's output, from those of its inputs."
         raise NotImplementedError
 
     def reads(self, kept: torch.Tensor | None, live: dict) -> dict[fx.Node, torch.Tensor | None]:
-        "Channels of each input that the node needs to compute the `kept` channels of its output"
+        "Channels of each input that the node needs to compute the `kept` channels of its output."
         raise NotImplementedError
 
     def build(self, out: "Builder", kept: torch.Tensor | None) -> fx.Node:
-        "Add the node to the smaller graph so that it yields the `kept` channels"
+        "Add the node to the smaller graph so that it yields the `kept` channels."
         raise NotImplementedError
 
     def weights(self, kept: torch.Tensor | None, live: dict) -> "dict[str, KeptWeights]":
-        "Which of the node's weights the `kept` channels use, by parameter name"
+        "Which of the node's weights the `kept` channels use, by parameter name."
         if self.layer is None: return {}
         return self.of_layer({name: KeptWeights.whole(p) for name, p in self.layer.named_parameters()})
 
     def of_layer(self, weights: "dict[str, KeptWeights]") -> "dict[str, KeptWeights]":
-        "Put the name of the layer before those of its parameters"
+        "Put the name of the layer before those of its parameters."
         return {f"{self.node.meta['site']}.{name}": w for name, w in weights.items()}
 
 # %% ../nbs/12_extract.ipynb #27b7f6a2
 class Whole(Rule):
-    "Reads and makes everything: for operations that mix channels in a way we do not look into (ours)"
+    "Reads and makes everything: for operations that mix channels in a way we do not look into."
 
     def alive(self, live): return all_alive(self.node)
 
@@ -148,7 +148,7 @@ class Whole(Rule):
 
 # %% ../nbs/12_extract.ipynb #b23b9461
 class Channelwise(Rule):
-    "Output channel i depends on input channel i alone (ours)"
+    "Output channel i depends on input channel i alone."
 
     def __init__(self, node: fx.Node, axis_after: Callable[[int], int] = lambda axis: axis):
         super().__init__(node)
@@ -172,7 +172,7 @@ class Channelwise(Rule):
 
 
 class Normalised(Channelwise):
-    "A function with one number per channel for each of its parameters: `F.batch_norm` and the like (ours)"
+    "A function with one number per channel for each of its parameters: `F.batch_norm` and the like."
 
     def parameters(self, kept) -> list[fx.Node]:
         others = (s for s in self.node.all_input_nodes if s is not self.source)
@@ -188,14 +188,14 @@ class Normalised(Channelwise):
 
 # %% ../nbs/12_extract.ipynb #97e6dd49
 class Dense(Rule):
-    "A linear layer or a convolution with one group (ours)"
+    "A linear layer or a convolution with one group."
 
     def __init__(self, node: fx.Node):
         super().__init__(node)
         self.source = node.args[0]
         self.axis = len(self.shape) - 1 if isinstance(self.layer, nn.Linear) else 1
 
-    def fits(self, live) -> bool:  # has the input its units where the layer has its columns?
+    def fits(self, live) -> bool: # has the input its units where the layer has its columns?
         return live[self.source] is not None and live[self.source].axis == self.axis
 
     def columns(self, live) -> torch.Tensor:
@@ -219,7 +219,7 @@ class Dense(Rule):
 
 # %% ../nbs/12_extract.ipynb #e931fcd0
 class Grouped(Rule):
-    "A convolution with more than one group and several inputs per group (ours)"
+    "A convolution with more than one group and several inputs per group."
 
     def __init__(self, node: fx.Node):
         super().__init__(node)
@@ -231,7 +231,7 @@ class Grouped(Rule):
 
     def used_groups(self, kept) -> torch.Tensor: return kept.view(self.groups, -1).any(1)
 
-    def columns(self, kept, live) -> torch.Tensor:  # living inputs of the groups that stay, `[in]` bool
+    def columns(self, kept, live) -> torch.Tensor: # living inputs of the groups that stay, `[in]` bool
         size = self.layer.in_channels // self.groups
         return live[self.source].mask & self.used_groups(kept).repeat_interleave(size)
 
@@ -242,7 +242,7 @@ class Grouped(Rule):
         have = out.kept[self.source]
         rows, in_place = _group_slots(kept, self.groups)
         cols, filled = _group_slots(columns, self.groups)
-        position = have.long().cumsum(0) - 1  # of a channel in the tensor at hand
+        position = have.long().cumsum(0) - 1 # of a channel in the tensor at hand
         x = out.gather(out.value(self.source), position[cols.flatten()], 1)
         layer = _slice_grouped(self.layer, rows, in_place, cols, filled)
         new = out.copy(self.node, lambda s: x, layer)
@@ -257,20 +257,20 @@ class Grouped(Rule):
 
 # %% ../nbs/12_extract.ipynb #03186d0b
 def _group_slots(mask: torch.Tensor, groups: int) -> tuple[torch.Tensor, torch.Tensor]:
-    "Channels of each used group in equally many slots `[used groups, slots]`, and which slots are real, not fillers"
+    "Channels of each used group in equally many slots `[used groups, slots]`, and which slots are real, not fillers."
     grid = mask.view(groups, -1)
     used = grid.any(1).nonzero().flatten()
     slots = int(grid.sum(1).max())
-    order = grid[used].int().argsort(dim=1, descending=True, stable=True)[:, :slots]  # kept channels first
+    order = grid[used].int().argsort(dim=1, descending=True, stable=True)[:, :slots] # kept channels first
     real = grid[used].gather(1, order)
-    order = torch.where(real, order, order[:, :1])  # a filler repeats the group's first channel
+    order = torch.where(real, order, order[:, :1]) # a filler repeats the group's first channel
     return order + used[:, None] * grid.shape[1], real
 
 
 def _slice_grouped(layer, rows, real_rows, columns, real_columns) -> nn.Module:
-    "A grouped convolution over the slots; fillers have zero weights"
+    "A grouped convolution over the slots; fillers have zero weights."
     size = layer.in_channels // layer.groups
-    weight = layer.weight[rows.flatten().to(layer.weight.device)].unflatten(0, rows.shape)  # [g, r, in/g, ...]
+    weight = layer.weight[rows.flatten().to(layer.weight.device)].unflatten(0, rows.shape) # [g, r, in/g, ...]
     index = (columns % size).to(weight.device)
     weight = torch.stack([w.index_select(1, i) for w, i in zip(weight, index)])
     real = (real_rows[:, :, None] & real_columns[:, None, :]).to(weight.device)
@@ -282,28 +282,28 @@ def _slice_grouped(layer, rows, real_rows, columns, real_columns) -> nn.Module:
 
 # %% ../nbs/12_extract.ipynb #e6322ca3
 def _operand_axis(operand: fx.Node, node: fx.Node, axis: int) -> int | None:
-    "Dimension of an operand that lies under the result's unit dimension; None if it is broadcast along it"
+    "Dimension of an operand that lies under the result's unit dimension; None if it is broadcast along it."
     shape, result = operand.meta["shape"], node.meta["shape"]
     at = axis - (len(result) - len(shape))
     return None if at < 0 or shape[at] != result[axis] else at
 
 
 class Elementwise(Rule):
-    "Base of sums and products: operands aligned by broadcasting (ours)"
+    "Base of sums and products: operands aligned by broadcasting."
 
     def __init__(self, node: fx.Node, live: dict[fx.Node, Live | None]):
         super().__init__(node)
         self.operands = [s for s in node.all_input_nodes if isinstance(s.meta["shape"], tuple)]
         self.axis = self._choose_axis(live)
 
-    def _choose_axis(self, live) -> int:  # of the first operand that spans the result's units
+    def _choose_axis(self, live) -> int: # of the first operand that spans the result's units
         for s in sorted(self.operands, key=lambda s: bool(live[s] is None or live[s].mask.all())):
             if live[s] is None: continue
             axis = live[s].axis + len(self.shape) - len(s.meta["shape"])
             if s.meta["shape"][live[s].axis] == self.shape[axis] and s.op != "get_attr": return axis
         return unit_axis(self.node)
 
-    def spans(self, s: fx.Node, live) -> bool:  # does the operand have the result's units in their place?
+    def spans(self, s: fx.Node, live) -> bool: # does the operand have the result's units in their place?
         at = _operand_axis(s, self.node, self.axis)
         return at is not None and (s.op == "get_attr" or live[s] is not None and live[s].axis == at)
 
@@ -332,26 +332,26 @@ class Elementwise(Rule):
 
 # %% ../nbs/12_extract.ipynb #53b9075a
 class Union(Elementwise):
-    "A sum or difference: alive where one operand is (ours; alignment with zeros as in MwT Fig. 3-d)"
+    "A sum or difference: alive where one operand is (ours; alignment with zeros as in MwT Fig. 3-d)."
 
     def alive(self, live): return Live(self.axis, torch.stack(list(self.masks(live).values())).any(0))
 
     def build(self, out, kept):
         present = [s for s in self.operands if s in self.reads(kept, out.live)]
         if len(present) == len(self.operands): return super().build(out, kept)
-        x = self.take(out, present[0], kept)  # the other term has no channel here
+        x = self.take(out, present[0], kept) # the other term has no channel here
         negative = "sub" in function_name(self.node) and present[0] is not self.node.args[0]
         return out.graph.call_function(operator.neg, (x,)) if negative else x
 
 
 class Product(Elementwise):
-    "A product: alive where all operands are (ours)"
+    "A product: alive where all operands are."
 
     def alive(self, live): return Live(self.axis, torch.stack(list(self.masks(live).values())).all(0))
 
 # %% ../nbs/12_extract.ipynb #e17f8b91
 class Concat(Rule):
-    "Tensors joined along their units (ours)"
+    "Tensors joined along their units."
 
     def __init__(self, node: fx.Node, axis: int):
         super().__init__(node)
@@ -374,7 +374,7 @@ class Concat(Rule):
 
 
 class Part(Rule):
-    "A run of channels: one piece of `chunk` or `split`, or `x[:, a:b]` (ours)"
+    "A run of channels: one piece of `chunk` or `split`, or `x[:, a:b]`."
 
     def __init__(self, node: fx.Node, source: fx.Node, axis: int, start: int):
         super().__init__(node)
@@ -384,7 +384,7 @@ class Part(Rule):
 
     def alive(self, live): return Live(self.axis, live[self.source].mask[self.window(self.shape[self.axis])])
 
-    def wide(self, kept) -> torch.Tensor:  # the kept channels as a mask over the source's
+    def wide(self, kept) -> torch.Tensor: # the kept channels as a mask over the source's
         mask = torch.zeros(self.source.meta["shape"][self.axis], dtype=torch.bool)
         mask[self.window(len(kept))] = kept
         return mask
@@ -395,7 +395,7 @@ class Part(Rule):
 
 # %% ../nbs/12_extract.ipynb #e846cdb8
 class Fold(Rule):
-    "Flattening: the unit dimension merges with those behind it (ours)"
+    "Flattening: the unit dimension merges with those behind it."
 
     def __init__(self, node: fx.Node, axis: int, end: int):
         super().__init__(node)
@@ -415,7 +415,7 @@ class Fold(Rule):
 
 # %% ../nbs/12_extract.ipynb #d5a3028b
 class Reshape(Channelwise):
-    "`view`, `squeeze` and the like that only touch dimensions before or behind the units (ours)"
+    "`view`, `squeeze` and the like that only touch dimensions before or behind the units."
 
     def __init__(self, node: fx.Node, axis: int):
         super().__init__(node, lambda _: axis)
@@ -426,12 +426,12 @@ class Reshape(Channelwise):
     def build(self, out, kept):
         shape = list(self.shape)
         shape[self.axis] = int(kept.sum())
-        if self.axis: shape[0] = -1  # any batch size
+        if self.axis: shape[0] = -1 # any batch size
         return out.graph.call_method("reshape", (out.take(self.source, kept), *shape))
 
 
 class Size(Rule):
-    "`x.shape[d]` or `x.size(d)`: the full network's number, also where the tensor has become narrower (ours)"
+    "`x.shape[d]` or `x.size(d)`: the full network's number, also where the tensor has become narrower."
 
     def __init__(self, node: fx.Node, source: fx.Node):
         super().__init__(node)
@@ -449,7 +449,7 @@ class Size(Rule):
 
 
 class Input(Rule):
-    "The network's input, or a parameter that its code reads directly (ours)"
+    "The network's input, or a parameter that its code reads directly."
 
     def alive(self, live): return all_alive(self.node)
 
@@ -457,7 +457,7 @@ class Input(Rule):
 
     def build(self, out, kept): return out.copy(self.node, out.value)
 
-    def weights(self, kept, live):  # not asked before the rules that use a part of it, since the plan goes backward
+    def weights(self, kept, live): # not asked before the rules that use a part of it, since the plan goes backward
         return {self.node.target: KeptWeights.whole(_constant(self.node))} if self.node.op == "get_attr" else {}
 
 # %% ../nbs/12_extract.ipynb #b826717a
@@ -476,7 +476,7 @@ CHANNELWISE_NAMES = ACTIVATION_NAMES - {"prelu"} | {
     "max_pool2d", "boolean_dispatch", "avg_pool2d", "adaptive_avg_pool2d", "adaptive_max_pool2d", "interpolate"}
 SUM_NAMES = {"add", "iadd", "add_", "sub", "isub", "sub_"}
 PRODUCT_NAMES = {"mul", "imul", "mul_", "multiply"}
-SCALAR_NAMES = SUM_NAMES | PRODUCT_NAMES | {"truediv", "itruediv", "div", "div_"}  # with a number
+SCALAR_NAMES = SUM_NAMES | PRODUCT_NAMES | {"truediv", "itruediv", "div", "div_"} # with a number
 REDUCING_NAMES = {"mean", "sum", "amax", "amin"}
 RESHAPING_NAMES = {"flatten", "view", "reshape", "squeeze", "unsqueeze"}
 
@@ -485,7 +485,7 @@ def plain_layer(
     layer: nn.Module | None,
     classes: tuple[type, ...],
 ) -> bool:
-    "Is the layer of one of these classes, or of a subclass that does not change what it computes? (ours)"
+    "Is the layer of one of these classes, or of a subclass that does not change what it computes?"
     base = next((c for c in classes if isinstance(layer, c)), None)
     return base is not None and type(layer).forward is base.forward and not (
         hasattr(layer, "parametrizations") or hasattr(base, "_conv_forward")
@@ -493,7 +493,7 @@ def plain_layer(
 
 # %% ../nbs/12_extract.ipynb #a0e5c343
 def _dims(node: fx.Node, position: int, name: str):
-    "An argument given by position or by name"
+    "An argument given by position or by name."
     return node.args[position] if len(node.args) > position else node.kwargs.get(name)
 
 
@@ -510,7 +510,7 @@ def _conv_rule(node: fx.Node, live) -> Rule:
 
 
 def _reduction_rule(node: fx.Node, live) -> Rule:
-    "Means and sums over dimensions that hold no units"
+    "Means and sums over dimensions that hold no units."
     axis, rank = live[node.args[0]].axis, len(node.args[0].meta["shape"])
     dims = _dims(node, 1, "dim")
     if not isinstance(dims, (int, tuple, list)): return Whole(node)
@@ -543,7 +543,7 @@ def _join_rule(node: fx.Node, live) -> Rule:
 
 
 def _item_rule(node: fx.Node, live) -> Rule:
-    "`x[i]` of a list of pieces, of a shape, or of a tensor"
+    "`x[i]` of a list of pieces, of a shape, or of a tensor."
     source, index = node.args
     if function_name(source) in ("chunk", "split") and isinstance(index, int): return _piece_rule(node, live)
     if _is_shape(source) and isinstance(index, int): return Size(node, source.args[0])
@@ -571,16 +571,16 @@ def _slice_rule(node: fx.Node, live) -> Rule:
     return Part(node, source, axis, start) if step == 1 else Whole(node)
 
 
-def _is_shape(node: fx.Node) -> bool:  # `x.shape` or `x.size()`
+def _is_shape(node: fx.Node) -> bool: # `x.shape` or `x.size()`
     return (node.op == "call_function" and node.target is getattr and node.args[1:] == ("shape",)
             or node.op == "call_method" and node.target == "size" and len(node.args) == 1)
 
 # %% ../nbs/12_extract.ipynb #33557166
 def rule_of(
     node: fx.Node,
-    live: dict[fx.Node, Live | None],  # of the nodes before this one
+    live: dict[fx.Node, Live | None], # of the nodes before this one
 ) -> Rule:
-    "Choose the rule for a node (ours)"
+    "Choose the rule for a node."
     if node.op in ("placeholder", "get_attr"): return Input(node)
     layer, name, args = layer_of(node), function_name(node), node.args
     first = args[0] if args and isinstance(args[0], fx.Node) else None
@@ -613,10 +613,10 @@ def _same_units(node: fx.Node, known: Live) -> bool:
 
 # %% ../nbs/12_extract.ipynb #e4b786bd
 def check_keep(
-    keep: dict[str, torch.Tensor],  # site name -> bool `[K]`
-    named: dict[str, fx.Node],  # site name -> node
+    keep: dict[str, torch.Tensor], # site name -> bool `[K]`
+    named: dict[str, fx.Node], # site name -> node
 ) -> dict[fx.Node, torch.Tensor]:
-    "Match masks with nodes; raises `ValueError` for unknown sites and wrong masks, `EmptyModule` for empty ones (ours)"
+    "Match masks with nodes; raises `ValueError` for unknown sites and wrong masks, `EmptyModule` for empty ones."
     found = {}
     for site, node in zip(keep, find_sites(named, keep)):
         mask, shape = torch.as_tensor(keep[site]).cpu(), node.meta["shape"]
@@ -629,13 +629,13 @@ def check_keep(
 
 # %% ../nbs/12_extract.ipynb #0a88a46e
 class Plan:
-    "What stays of a network: living, needed and kept channels of every node (ours)"
+    "What stays of a network: living, needed and kept channels of every node."
 
     def __init__(
         self,
-        graph: fx.Graph,  # with names and shapes
-        masks: dict[fx.Node, torch.Tensor],  # node -> bool `[K]`, from `check_keep`
-        outputs: torch.Tensor | None = None,  # bool `[classes]`: columns of the output to keep; None keeps all
+        graph: fx.Graph, # with names and shapes
+        masks: dict[fx.Node, torch.Tensor], # node -> bool `[K]`, from `check_keep`
+        outputs: torch.Tensor | None = None, # bool `[classes]`: columns of the output to keep; None keeps all
     ):
         self.graph, self.masks, self.outputs = graph, masks, outputs
         self.live: dict[fx.Node, Live | None] = {}
@@ -673,7 +673,7 @@ class Plan:
         if not live.mask.any():
             raise EmptyModule(f"the masks leave no living unit at '{node.meta['site']}', and a later layer reads it")
         both = live.mask & needed
-        return both if both.any() else first_true(live.mask)  # only its size is read: one channel will do
+        return both if both.any() else first_true(live.mask) # only its size is read: one channel will do
 
     def _need(self, node, mask):
         live = self.live[node]
@@ -689,25 +689,25 @@ class Plan:
 
 
 def first_true(
-    mask: torch.Tensor,  # `[K]`, bool
-) -> torch.Tensor:  # `[K]`, bool, at most one True
-    "The first entry of a mask alone (ours)"
+    mask: torch.Tensor, # `[K]`, bool
+) -> torch.Tensor: # `[K]`, bool, at most one True
+    "The first entry of a mask alone."
     return mask & (mask.long().cumsum(0) == 1)
 
 # %% ../nbs/12_extract.ipynb #7160c00a
 class Builder:
-    "Writes the smaller graph of a plan (ours)"
+    "Writes the smaller graph of a plan."
 
     def __init__(self, plan: Plan):
         self.plan, self.live, self.kept = plan, plan.live, plan.kept
         self.graph, self.new, self.root = fx.Graph(), {}, {}
-        self.indices: list[str] = []  # names of index buffers
+        self.indices: list[str] = [] # names of index buffers
 
-    def value(self, node: fx.Node):  # the node in the smaller graph, with its kept channels
+    def value(self, node: fx.Node): # the node in the smaller graph, with its kept channels
         return self.new[node]
 
     def take(self, node: fx.Node, wanted: torch.Tensor, axis: int | None = None):
-        "The wanted channels of a node; those it does not have are zeros"
+        "The wanted channels of a node; those it does not have are zeros."
         axis = self.live[node].axis if axis is None else axis
         if node.op == "get_attr":
             return self.graph.get_attr(self._register(node.target, _take_constant(node, wanted, axis)))
@@ -716,28 +716,28 @@ class Builder:
         return self._place(self.new[node], have, wanted, axis)
 
     def whole(self, node: fx.Node):
-        "A node in full width, dead channels as zeros; other values as they are"
+        "A node in full width, dead channels as zeros; other values as they are."
         live = self.live[node]
         return self.new[node] if live is None or node.op == "get_attr" else self.take(node, torch.ones_like(live.mask))
 
     def narrow(self, x: fx.Node, have: torch.Tensor, wanted: torch.Tensor, axis: int):
-        "Of a new node with the channels `have`, those that are `wanted`"
+        "Of a new node with the channels `have`, those that are `wanted`."
         positions = wanted[have].nonzero().flatten()
         return x if len(positions) == int(have.sum()) else self.gather(x, positions, axis)
 
     def gather(self, x: fx.Node, positions: torch.Tensor, axis: int):
-        "Channels of a new node by position; runs of neighbours are a view"
+        "Channels of a new node by position; runs of neighbours are a view."
         start = int(positions[0])
         if torch.equal(positions, torch.arange(start, start + len(positions))):
             return self.graph.call_function(torch.narrow, (x, axis, start, len(positions)))
         return self.graph.call_function(torch.index_select, (x, axis, self.index(positions)))
 
     def _place(self, x, have, wanted, axis):
-        "The wanted channels of a tensor that lacks some of them"
+        "The wanted channels of a tensor that lacks some of them."
         positions = torch.full((len(wanted),), int(have.sum()))
         positions[have] = torch.arange(int(have.sum()))
         new = self.graph.call_function(spread, (x, axis, self.index(positions[wanted])))
-        new.meta["is_wrapped"] = True  # stays one call when the smaller network is traced again
+        new.meta["is_wrapped"] = True # stays one call when the smaller network is traced again
         return new
 
     def index(self, positions: torch.Tensor) -> fx.Node:
@@ -747,7 +747,7 @@ class Builder:
         return self.graph.get_attr(name)
 
     def copy(self, node: fx.Node, argument: Callable, layer: nn.Module | None = None) -> fx.Node:
-        "The same operation on other arguments and, for a layer, with another layer"
+        "The same operation on other arguments and, for a layer, with another layer."
         args, kwargs = (fx.map_arg(a, argument) for a in (node.args, node.kwargs))
         target = node.target
         if layer is not None: target = self._register(node.target, layer)
@@ -762,10 +762,10 @@ class Builder:
 
     def build(self) -> fx.GraphModule:
         for node in self.plan.graph.nodes:
-            if node.op == "placeholder" and node not in self.kept: self.graph.placeholder(node.target)  # unused input
+            if node.op == "placeholder" and node not in self.kept: self.graph.placeholder(node.target) # unused input
             if node in self.kept: self.new[node] = self.plan.rules[node].build(self, self.kept[node])
             if node.op == "output": self.graph.output(fx.map_arg(node.args[0], self._output))
-        for node in reversed(list(self.graph.nodes)):  # parameters of which only parts are used
+        for node in reversed(list(self.graph.nodes)): # parameters of which only parts are used
             if node.op == "get_attr" and not node.users: self.graph.erase_node(node)
         self.graph.lint()
         module = fx.GraphModule(self.root, self.graph, self.plan.graph.owning_module.__class__.__name__)
@@ -777,7 +777,7 @@ class Builder:
 
 
 def _constant(node: fx.Node):
-    "A copy of the parameter or buffer that a node reads"
+    "A copy of the parameter or buffer that a node reads."
     owner, _, name = node.target.rpartition(".")
     value = getattr(node.graph.owning_module.get_submodule(owner), name)
     copied = value.detach().clone()
@@ -785,18 +785,18 @@ def _constant(node: fx.Node):
 
 
 def _take_constant(node: fx.Node, wanted: torch.Tensor, axis: int):
-    "A part of the parameter or buffer that a node reads"
+    "A part of the parameter or buffer that a node reads."
     value = _constant(node)
     part = _take(value.detach(), wanted, axis)
     return nn.Parameter(part, requires_grad=value.requires_grad) if isinstance(value, nn.Parameter) else part
 
 
 def spread(
-    x: torch.Tensor,  # channels along `dim`
+    x: torch.Tensor, # channels along `dim`
     dim: int,
-    index: torch.Tensor,  # for each channel of the result its position in `x`, or `x.shape[dim]` for a channel of zeros
+    index: torch.Tensor, # for each channel of the result its position in `x`, or `x.shape[dim]` for a channel of zeros
 ) -> torch.Tensor:
-    "Place channels among zeros: the padding at residual sums (MwT Fig. 3-d)"
+    "Place channels among zeros: the padding at residual sums (MwT Fig. 3-d)."
     padding = [0, 0] * (x.dim() - 1 - dim) + [0, 1]
     return F.pad(x, padding).index_select(dim, index)
 
@@ -805,11 +805,11 @@ fx.wrap("spread")
 
 # %% ../nbs/12_extract.ipynb #3ca8117c
 class KeptWeights(NamedTuple):
-    "Which entries of one parameter a module uses (ours)"
-    rows: torch.Tensor  # bool `[out]`
-    columns: torch.Tensor | None  # bool `[in]`, None for parameters without columns
-    groups: int  # rows and columns belong together only within a group
-    factor: int  # entries per row and column: kernel height x width
+    "Which entries of one parameter a module uses."
+    rows: torch.Tensor # bool `[out]`
+    columns: torch.Tensor | None # bool `[in]`, None for parameters without columns
+    groups: int # rows and columns belong together only within a group
+    factor: int # entries per row and column: kernel height x width
 
     @classmethod
     def whole(cls, parameter: torch.Tensor) -> "KeptWeights":
@@ -818,24 +818,24 @@ class KeptWeights(NamedTuple):
 
     @classmethod
     def along(cls, parameter: torch.Tensor, dim: int, kept: torch.Tensor) -> "KeptWeights":
-        "Entries of the kept channels along one dimension; all, where the parameter has another size there"
+        "Entries of the kept channels along one dimension; all, where the parameter has another size there."
         if parameter.dim() <= dim or parameter.shape[dim] != len(kept): return cls.whole(parameter)
         return cls(kept, None, 1, parameter.numel() // len(kept))
 
-    def count(self) -> int:  # number of entries
-        "How many weights are kept"
+    def count(self) -> int: # number of entries
+        "How many weights are kept."
         rows = self.rows.view(self.groups, -1).sum(1)
         if self.columns is None: return int(rows.sum()) * self.factor
         return int((rows * self.columns.view(self.groups, -1).sum(1)).sum()) * self.factor
 
 # %% ../nbs/12_extract.ipynb #d4cfbe6e
 class Anatomy:
-    "A network, traced once, of which any number of smaller ones can be made (ours)"
+    "A network, traced once, of which any number of smaller ones can be made."
 
     def __init__(
         self,
         model: nn.Module,
-        example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
+        example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
     ):
         self.model = model
         self.traced = trace(model, example)
@@ -843,18 +843,18 @@ class Anatomy:
         self.named = {n.meta["site"]: n for n in self.traced.graph.nodes}
 
     def plan(self, keep: dict[str, torch.Tensor], outputs: Iterable[int] | None = None) -> Plan:
-        "Live-channel analysis, both passes"
+        "Live-channel analysis, both passes."
         return Plan(self.traced.graph, check_keep(keep, self.named), self._columns(outputs))
 
     def extract(self, keep: dict[str, torch.Tensor], outputs: Iterable[int] | None = None) -> fx.GraphModule:
-        "The smaller network"
+        "The smaller network."
         smaller = Builder(self.plan(keep, outputs)).build()
-        smaller.training = self.model.training  # its layers have the modes of the model's
+        smaller.training = self.model.training # its layers have the modes of the model's
         return smaller.to(home_of(self.model, CPU))
 
     def kept_weights(self, keep: dict[str, torch.Tensor],
                      outputs: Iterable[int] | None = None) -> dict[str, KeptWeights]:
-        "Which weights stay, by parameter name"
+        "Which weights stay, by parameter name."
         plan, found = self.plan(keep, outputs), {}
         for node, kept in plan.kept.items():
             found |= {n: w for n, w in plan.rules[node].weights(kept, plan.live).items() if n not in found}
@@ -863,7 +863,7 @@ class Anatomy:
     def _is_buffer(self, name: str) -> bool: return name in dict(self.traced.named_buffers())
 
     def masked(self, keep: dict[str, torch.Tensor]) -> fx.GraphModule:
-        "The masked oracle"
+        "The masked oracle."
         return _mask_everywhere(self, self.plan(keep).live)
 
     def _columns(self, outputs) -> torch.Tensor | None:
@@ -879,7 +879,7 @@ class Anatomy:
 
 # %% ../nbs/12_extract.ipynb #7cfcaa2c
 def _read_after_write(graph: fx.Graph) -> None:
-    "Whoever reads a tensor after an in-place operation on it reads that operation's result"
+    "Whoever reads a tensor after an in-place operation on it reads that operation's result."
     order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
         if not (works_in_place(node) and node.args and isinstance(node.args[0], fx.Node)): continue
@@ -887,12 +887,12 @@ def _read_after_write(graph: fx.Graph) -> None:
 
 
 class ChannelMask(nn.Module):
-    "Multiplies a tensor with a mask over one dimension (ours)"
+    "Multiplies a tensor with a mask over one dimension."
 
     def __init__(
         self,
-        live: Live,  # the channels that pass
-        rank: int,  # number of dimensions of the tensor
+        live: Live, # the channels that pass
+        rank: int, # number of dimensions of the tensor
     ):
         super().__init__()
         shape = [-1 if d == live.axis else 1 for d in range(rank)]
@@ -902,7 +902,7 @@ class ChannelMask(nn.Module):
 
 
 def _mask_everywhere(anatomy: Anatomy, live: dict[fx.Node, Live | None]) -> fx.GraphModule:
-    "A copy of the graph, sharing the parameters, with a mask behind every tensor that has dead channels"
+    "A copy of the graph, sharing the parameters, with a mask behind every tensor that has dead channels."
     graph, copies = fx.Graph(), {}
     graph.output(graph.graph_copy(anatomy.traced.graph, copies))
     oracle = fx.GraphModule(anatomy.traced, graph, "Masked")
@@ -919,11 +919,11 @@ def _mask_everywhere(anatomy: Anatomy, live: dict[fx.Node, Live | None]) -> fx.G
 
 # %% ../nbs/12_extract.ipynb #c48cecbf
 def extract(
-    model: nn.Module,  # any network that `torch.fx` can trace; not changed
-    keep: dict[str, torch.Tensor],  # site name -> bool `[K]`; sites that are not named stay whole
-    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
-    outputs: Iterable[int] | None = None,  # columns of the output to keep, in the model's order; None keeps all
-) -> fx.GraphModule:  # `extract(...)(x) == masked(...)(x)`, with `outputs` their columns alone
+    model: nn.Module, # any network that `torch.fx` can trace; not changed
+    keep: dict[str, torch.Tensor], # site name -> bool `[K]`; sites that are not named stay whole
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+    outputs: Iterable[int] | None = None, # columns of the output to keep, in the model's order; None keeps all
+) -> fx.GraphModule: # `extract(...)(x) == masked(...)(x)`, with `outputs` their columns alone
     """Take a smaller network out of a model (ours: MwT Sec. 3.4 and MODA Sec. 3.3 for any network).
 
     Raises `ValueError` naming the site for unknown sites and masks of the wrong width, `EmptyModule` where no unit is
@@ -932,29 +932,29 @@ def extract(
 
 
 def masked(
-    model: nn.Module,  # shares its parameters with the result
-    keep: dict[str, torch.Tensor],  # site name -> bool `[K]`
-    example: torch.Tensor,  # `[B, C, H, W]`
-) -> fx.GraphModule:  # same outputs, full size
-    "The masked oracle: the full model with every dead channel zero after every node (ours)"
+    model: nn.Module, # shares its parameters with the result
+    keep: dict[str, torch.Tensor], # site name -> bool `[K]`
+    example: torch.Tensor, # `[B, C, H, W]`
+) -> fx.GraphModule: # same outputs, full size
+    "The masked oracle: the full model with every dead channel zero after every node."
     return Anatomy(model, example).masked(keep)
 
 
 def kept_weights(
     model: nn.Module,
-    keep: dict[str, torch.Tensor],  # site name -> bool `[K]`
-    example: torch.Tensor,  # `[B, C, H, W]`
-    outputs: Iterable[int] | None = None,  # columns of the output to keep
-) -> dict[str, KeptWeights]:  # parameter name -> which of its entries stay
-    "Which weights an extracted network would hold (ours)"
+    keep: dict[str, torch.Tensor], # site name -> bool `[K]`
+    example: torch.Tensor, # `[B, C, H, W]`
+    outputs: Iterable[int] | None = None, # columns of the output to keep
+) -> dict[str, KeptWeights]: # parameter name -> which of its entries stay
+    "Which weights an extracted network would hold."
     return Anatomy(model, example).kept_weights(keep, outputs)
 
 # %% ../nbs/12_extract.ipynb #b0898be5
 def without_rule(
     model: nn.Module,
-    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
-) -> dict[str, str]:  # site name -> class of the layer, or name of the function; in order of execution
-    "List the operations that no rule covers: extraction gives them all channels, dead ones as zeros (ours)"
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+) -> dict[str, str]: # site name -> class of the layer, or name of the function; in order of execution
+    "List the operations that no rule covers: extraction gives them all channels, dead ones as zeros."
     rules = Anatomy(model, example).plan({}).rules
     return {node.meta["site"]: function_name(node) if rule.layer is None else type(rule.layer).__name__
             for node, rule in rules.items() if type(rule) is Whole and _tensors(node)

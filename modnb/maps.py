@@ -47,7 +47,7 @@ def scale_channels(
 
 # %% ../nbs/03_maps.ipynb #d946ef5a
 class _WithMeans(Function):
-    "The maps themselves, and the mean of each channel"
+    "The maps themselves, and the mean of each channel."
 
     @staticmethod
     def forward(ctx, maps, dtype):
@@ -70,7 +70,7 @@ def with_means(
 
 # %% ../nbs/03_maps.ipynb #950ce96f
 class _Scale(Function):
-    "mask * maps, or mask * relu(maps)"
+    "mask * maps, or mask * relu(maps)."
 
     @staticmethod
     def forward(ctx, maps, mask, relu):

@@ -17,23 +17,23 @@ from .files import UnreadableFile, load_tensors, save_tensors
 
 # %% ../nbs/11_masks.ipynb #4eb960fc
 def rounded_up(
-    kept: torch.Tensor,  # `[K]`, bool
-    masks: torch.Tensor,  # `[C, K]`, bool, of the same site
-    multiple: int,  # 1 changes nothing
-) -> torch.Tensor:  # `[K]`, bool: `kept` and, where that is no multiple, as many units as are missing or as there are
-    "Fill a site up with the units that most classes keep; a site that keeps nothing stays empty (ours)"
+    kept: torch.Tensor, # `[K]`, bool
+    masks: torch.Tensor, # `[C, K]`, bool, of the same site
+    multiple: int, # 1 changes nothing
+) -> torch.Tensor: # `[K]`, bool: `kept` and, where that is no multiple, as many units as are missing or as there are
+    "Fill a site up with the units that most classes keep; a site that keeps nothing stays empty."
     if multiple == 1: return kept
     wanted = min(len(kept), -(-int(kept.sum()) // multiple) * multiple)
-    rank = kept.long() * (len(masks) + 1) + masks.sum(0)  # kept units first, then by the classes that keep them
+    rank = kept.long() * (len(masks) + 1) + masks.sum(0) # kept units first, then by the classes that keep them
     order = rank.argsort(descending=True, stable=True)
     return torch.zeros_like(kept).index_fill(0, order[:wanted], True)
 
 # %% ../nbs/11_masks.ipynb #98e374ef
 @dataclass(frozen=True)
 class ModuleMasks:
-    "For each class, the units of each site that its module keeps (ours)"
-    masks: dict[str, torch.Tensor]  # site name -> `[C, K]`, bool, in order of execution
-    classes: Sequence[str]  # the `C` class names
+    "For each class, the units of each site that its module keeps."
+    masks: dict[str, torch.Tensor] # site name -> `[C, K]`, bool, in order of execution
+    classes: Sequence[str] # the `C` class names
 
     def __post_init__(self):
         for site, mask in self.masks.items():
@@ -43,45 +43,45 @@ class ModuleMasks:
 
     @property
     def sites(self) -> dict[str, int]:
-        "Site name -> number of units, in order of execution"
+        "Site name -> number of units, in order of execution."
         return {site: mask.shape[1] for site, mask in self.masks.items()}
 
     def keep(
         self,
-        classes: Iterable[str | int] | None = None,  # names or indices; None for all classes
-        multiple: int = 1,  # fill the units of each site up to a multiple of this, as far as there are any
-    ) -> dict[str, torch.Tensor]:  # site name -> `[K]`, bool: the union of the classes' modules
-        "What a network for these classes keeps; unknown classes raise `ValueError` (MwT Sec. 3.4, MODA Sec. 3.3)"
+        classes: Iterable[str | int] | None = None, # names or indices; None for all classes
+        multiple: int = 1, # fill the units of each site up to a multiple of this, as far as there are any
+    ) -> dict[str, torch.Tensor]: # site name -> `[K]`, bool: the union of the classes' modules
+        "What a network for these classes keeps; unknown classes raise `ValueError` (MwT Sec. 3.4, MODA Sec. 3.3)."
         rows = range(len(self.classes)) if classes is None else class_indices(classes, self.classes)
         multiple = whole_number("multiple", multiple, 1)
         return {site: rounded_up(mask[list(rows)].any(0), mask, multiple) for site, mask in self.masks.items()}
 
-    def counts(self) -> dict[str, torch.Tensor]:  # site name -> `[C]`, number of kept units
-        "How many units each class keeps at each site"
+    def counts(self) -> dict[str, torch.Tensor]: # site name -> `[C]`, number of kept units
+        "How many units each class keeps at each site."
         return {site: mask.sum(1) for site, mask in self.masks.items()}
 
-    def flat(self) -> torch.Tensor:  # `[C, sum of K]`, bool
-        "All sites side by side: one row of bits per module"
+    def flat(self) -> torch.Tensor: # `[C, sum of K]`, bool
+        "All sites side by side: one row of bits per module."
         return torch.cat(list(self.masks.values()), 1)
 
     def only(
         self,
-        sites: Iterable[str],  # names of sites to leave in
+        sites: Iterable[str], # names of sites to leave in
     ) -> "ModuleMasks":
-        "Masks of some of the sites; the others will stay whole"
+        "Masks of some of the sites; the others will stay whole."
         sites = list(sites)
         unknown = [s for s in sites if s not in self.masks]
         if unknown: raise ValueError(f"there are no masks for {unknown}; there are masks for {list(self.masks)}")
         return ModuleMasks({s: self.masks[s] for s in self.masks if s in sites}, self.classes)
 
     def save(self, path: str | Path) -> None:
-        "Write the masks into one safetensors file"
+        "Write the masks into one safetensors file."
         header = {"classes": list(self.classes), "sites": list(self.masks)}
         save_tensors(path, dict(self.masks), "masks", header)
 
     @classmethod
     def load(cls, path: str | Path) -> "ModuleMasks":
-        "Read what `save` wrote; raises `UnreadableFile` for any other file"
+        "Read what `save` wrote; raises `UnreadableFile` for any other file."
         tensors, header = load_tensors(path, "masks")
         if set(tensors) != set(header["sites"]): raise UnreadableFile(f"{path}: header and content differ")
         return cls({site: tensors[site] for site in header["sites"]}, header["classes"])
@@ -96,7 +96,7 @@ class ModuleMasks:
         return f"ModuleMasks({len(self.classes)} classes, {len(self.masks)} sites, {units} units, {share:.1%} kept)"
 
 # %% ../nbs/11_masks.ipynb #594252cd
-TOLERANCE = 1e-6  # rates closer to the threshold than this count as equal to it
+TOLERANCE = 1e-6 # rates closer to the threshold than this count as equal to it
 
 
 def _reached(rates: torch.Tensor, keep_threshold: float | torch.Tensor) -> torch.Tensor:
@@ -104,11 +104,11 @@ def _reached(rates: torch.Tensor, keep_threshold: float | torch.Tensor) -> torch
 
 # %% ../nbs/11_masks.ipynb #0badd14f
 def relaxed(
-    rates: torch.Tensor,  # `[C, K]`, fraction
-    keep_threshold: float,  # tau
-    step: float = 0.05,  # by how much the threshold falls
-) -> torch.Tensor:  # `[C]`, the threshold of each class: the highest of tau, tau - step, ... that some unit reaches
-    "Thresholds lowered until no class is empty; 0 for a class whose rates are all zero (MwT's program)"
+    rates: torch.Tensor, # `[C, K]`, fraction
+    keep_threshold: float, # tau
+    step: float = 0.05, # by how much the threshold falls
+) -> torch.Tensor: # `[C]`, the threshold of each class: the highest of tau, tau - step, ... that some unit reaches
+    "Thresholds lowered until no class is empty; 0 for a class whose rates are all zero (MwT's program)."
     best = rates.max(1).values
     steps = torch.ceil((keep_threshold - best - TOLERANCE) / step).clamp(min=0)
     lowered = torch.minimum((keep_threshold - steps * step).clamp(min=0), best)
@@ -124,7 +124,7 @@ def _relax(rates: torch.Tensor, keep_threshold: float) -> torch.Tensor:
 
 # %% ../nbs/11_masks.ipynb #2ad8a520
 def _top_share(rates: torch.Tensor, keep_threshold: float, share: float = 0.005) -> torch.Tensor:
-    "The program handles classes in order, each seeing the masks that those before it have got"
+    "The program handles classes in order, each seeing the masks that those before it have got."
     kept = _reached(rates, keep_threshold)
     minimum = max(1, int(share * rates.shape[1]))
     for c in range(len(rates)):
@@ -139,12 +139,12 @@ EMPTY_RULES = {"relax": _relax, "top_share": _top_share, "none": _reached, "erro
 
 
 def threshold_masks(
-    rates: dict[str, torch.Tensor],  # site name -> `[C, K]`, fraction of the class's images that use the unit
-    classes: Sequence[str],  # the `C` class names
-    keep_threshold: float = 0.9,  # tau, in (0, 1]
-    empty: str = "relax",  # rule for classes without a unit at a site: "relax", "top_share", "none" or "error"
+    rates: dict[str, torch.Tensor], # site name -> `[C, K]`, fraction of the class's images that use the unit
+    classes: Sequence[str], # the `C` class names
+    keep_threshold: float = 0.9, # tau, in (0, 1]
+    empty: str = "relax", # rule for classes without a unit at a site: "relax", "top_share", "none" or "error"
 ) -> ModuleMasks:
-    "Keep the units that a class uses often enough; bad arguments raise `ValueError` (MODA Eq. 9, MwT Sec. 3.3)"
+    "Keep the units that a class uses often enough; bad arguments raise `ValueError` (MODA Eq. 9, MwT Sec. 3.3)."
     if not 0 < keep_threshold <= 1: raise ValueError(f"keep_threshold must lie in (0, 1], not {keep_threshold}")
     if empty not in EMPTY_RULES: raise ValueError(f"unknown rule '{empty}' for empty layers; use {list(EMPTY_RULES)}")
     masks = {site: EMPTY_RULES[empty](r.double().cpu(), keep_threshold) for site, r in rates.items()}

@@ -41,7 +41,7 @@ def check_target(
     labels: Tensor, # [N], integer
     column: int, # of the target class
 ) -> Tensor: # [N], int64, the answers
-    "Find the largest logits; ValueError for unfit shapes and for a column that does not exist (ours)."
+    "Find the largest logits; ValueError for unfit shapes and for a column that does not exist."
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise ValueError(f"logits must be [N, C] and labels [N], not {list(logits.shape)} and {list(labels.shape)}")
     if not 0 <= column < logits.shape[1]:
@@ -110,7 +110,7 @@ def mean_pair_jaccard(
 def flat_masks(
     masks: ModuleMasks | Tensor, # module masks, or [C, K]
 ) -> Tensor: # [C, K], bool
-    "Put the sites of module masks side by side; ValueError for other than bool [C, K] (ours)."
+    "Put the sites of module masks side by side; ValueError for other than bool [C, K]."
     masks = masks.flat() if isinstance(masks, ModuleMasks) else masks
     if masks.dtype != torch.bool or masks.ndim != 2:
         raise ValueError(f"module masks must be bool [C, K], not {masks.dtype} {list(masks.shape)}")
@@ -155,7 +155,7 @@ def kernel_sites(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
 ) -> dict[str, tuple[int, bool]]: # site of each convolution -> kernels, and whether they are 1x1
-    "List the convolutions (ours)."
+    "List the convolutions."
     layer = lambda site: model.get_submodule(site.split("@")[0])
     return {site: (kernels, set(layer(site).kernel_size) == {1})
             for site, kernels in unit_sites(model, example, kind="conv").items()}
@@ -196,7 +196,7 @@ def modules_weights(
     masks: ModuleMasks,
     example: Tensor, # [B, C, H, W], only its shape matters
 ) -> list[dict[str, KeptWeights]]: # for each class: parameter name -> the entries that its module keeps
-    "Find the weights of every single-class module, with its one output (ours)."
+    "Find the weights of every single-class module, with its one output."
     anatomy = Anatomy(model, example)
     return [anatomy.kept_weights(masks.keep([c]), outputs=[c]) for c in range(len(masks.classes))]
 
@@ -281,7 +281,7 @@ def latency(
     warmup: int = 5, # runs before the clock starts
     repeats: int = 30, # timed runs
 ) -> dict[str, float]: # milliseconds for the batch: "median_ms" and "p95_ms"
-    "Time the forward pass in evaluation mode; ValueError for less than one timed run (ours)."
+    "Time the forward pass in evaluation mode; ValueError for less than one timed run."
     if warmup < 0 or repeats < 1: raise ValueError(f"warmup must be >= 0 and repeats >= 1, not {warmup} and {repeats}")
     device, times = home_of(model, example.device), []
     example = example.to(device)
@@ -310,7 +310,7 @@ def costs(
     rounds: int = 10, # turns of all networks
     repeats: int = 5, # timed runs of a network in each turn
 ) -> dict[str, dict[str, float]]: # name -> "weights", "multiply_adds" of one image, and "median_ms" of the batch
-    "Compare what networks cost; ValueError for less than one turn, ImportError without fvcore (ours)."
+    "Compare what networks cost; ValueError for less than one turn, ImportError without fvcore."
     if rounds < 1: raise ValueError(f"rounds must be >= 1, not {rounds}")
     times: dict[str, list[float]] = {name: [] for name in models}
     for _ in range(rounds):

@@ -25,14 +25,14 @@ def scaled(
     channels: int, # kernels or neurons of the layer at width 1
     width: float, # factor, > 0
 ) -> int: # kernels or neurons at this width, at least 1
-    "Scale the size of a layer (ours)."
+    "Scale the size of a layer."
     return max(1, round(channels * width))
 
 # %% ../nbs/01_models.ipynb #b15c2ce5
 def chain(
     layers: dict[str, nn.Module], # modules by name, in order
 ) -> nn.Sequential: # the same modules, one after the other
-    "Join named modules to a sequence (ours)."
+    "Join named modules to a sequence."
     sequence = nn.Sequential()
     for name, layer in layers.items(): sequence.add_module(name, layer)
     return sequence
@@ -47,7 +47,7 @@ def conv_layer(
     norm: bool = True, # put BatchNorm between convolution and ReLU
     **options, # stride, groups, bias of `nn.Conv2d`
 ) -> dict[str, nn.Module]: # `conv1`, `norm1` where wanted, `relu1`
-    "Name the parts of one convolutional layer (ours)."
+    "Name the parts of one convolutional layer."
     layer = {f"conv{number}": nn.Conv2d(inputs, kernels, size, padding=padding, **options)}
     if norm: layer[f"norm{number}"] = nn.BatchNorm2d(kernels)
     return layer | {f"relu{number}": nn.ReLU()}
@@ -98,7 +98,7 @@ def linear_head(
 
 # %% ../nbs/01_models.ipynb #577c38ce
 class Residual(nn.Module):
-    "Two branches added, then an activation; an absent branch or activation passes its input on (ours)."
+    "Two branches added, then an activation; an absent branch or activation passes its input on."
 
     def __init__(
         self,
@@ -139,14 +139,14 @@ HEADS: dict[str, float | None] = {"published": 0.01, "scaled": None} # name -> `
 def fill_in_head(
     settings: dict[str, Any], # arguments of a builder: width, head, ...
 ) -> dict[str, Any]: # the same, head one of `HEADS`
-    "Decide how linear weights are drawn, as published at width 1 or more; ValueError for an unknown head (ours)."
+    "Decide how linear weights are drawn, as published at width 1 or more; ValueError for an unknown head."
     usual = "published" if settings["width"] >= 1 else "scaled"
     return settings | {"head": usual if settings["head"] is None else choose(settings["head"], list(HEADS), "head")}
 
 # %% ../nbs/01_models.ipynb #1c99dfff
 @dataclass(frozen=True)
 class Recipe:
-    "How to build one model (ours)."
+    "How to build one model."
     build: Callable[..., nn.Module] # (num_classes, width, image_size, *, options) -> model
     image_size: int # side of the images where none is given, pixels
     minimum: int # smallest side that leaves something to classify, pixels
@@ -160,7 +160,7 @@ def register_model(
     minimum: int = 1, # smallest side that leaves something to classify, pixels
     fill_in: Callable[[dict[str, Any]], dict[str, Any]] = dict, # replaces options left open, see `fill_in_head`
 ) -> Callable: # decorator of a builder `(num_classes, width, image_size, *, options) -> nn.Module`
-    "List a builder under its own name; its keyword-only parameters are the model's options (ours)."
+    "List a builder under its own name; its keyword-only parameters are the model's options."
     def add(build: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
         RECIPES[build.__name__] = Recipe(build, image_size, minimum, fill_in)
         return build
@@ -210,7 +210,7 @@ def vgg12(
     *,
     dropout: float = 0.0, # behind each hidden layer of the head
 ) -> nn.Module: # [B, 3, H, W] -> logits [B, C]
-    "Build a short VGG, nine convolutions and three linear layers, for 16x16 images (ours)."
+    "Build a short VGG, nine convolutions and three linear layers, for 16x16 images."
     flat = scaled(512, width) * (image_size // 16) ** 2
     sizes = [flat, scaled(512, width), scaled(512, width), num_classes]
     return assemble(plain_features(VGG12_PLAN, width), dense_head(sizes, dropout))
@@ -337,14 +337,14 @@ def lenet5(
 
 # %% ../nbs/01_models.ipynb #7cc1d0f7
 def list_models() -> list[str]: # names for `create_model`
-    "List the models (ours)."
+    "List the models."
     return list(RECIPES)
 
 # %% ../nbs/01_models.ipynb #ebe581df
 def model_options(
     name: str, # one of `list_models()`
 ) -> dict[str, Any]: # option -> its default; None: follows from the other arguments
-    "List the options of a model; raise ValueError for an unknown name (ours)."
+    "List the options of a model; raise ValueError for an unknown name."
     parameters = inspect.signature(RECIPES[choose(name, list_models(), "model")].build).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters if parameter.kind is parameter.KEYWORD_ONLY}
 
@@ -357,7 +357,7 @@ def create_model(
     seed: int | None = None, # draws the weights, leaving torch's global generator alone; None: draws from the latter
     **options, # the model's own, such as `dropout` or `batch_norm`
 ) -> nn.Module: # [B, 3, H, W] float -> logits [B, C]; `config` holds the arguments but the seed
-    "Build a model by name; raise ValueError for a name, option or size that does not exist (ours)."
+    "Build a model by name; raise ValueError for a name, option or size that does not exist."
     defaults = model_options(name)
     recipe = RECIPES[name]
     for option in options: choose(option, list(defaults), f"option of {name}")

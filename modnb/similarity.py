@@ -35,7 +35,7 @@ def layer_indicator(
     dtype: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Tensor: # [K, L], 1 where the column belongs to the layer, else 0; shared between calls, not to be written to
-    "Tell which column of the concatenated layers belongs to which layer (ours)."
+    "Tell which column of the concatenated layers belongs to which layer."
     make = _blocks if torch.compiler.is_compiling() else _indicator # torch.compile does not look into caches
     return make(tuple(widths), dtype, torch.device(device))
 
@@ -46,7 +46,7 @@ def directions_of(
     rows: Tensor, # [B, K], layers side by side
     layers: Tensor, # [K, L], from `layer_indicator`
 ) -> tuple[Tensor, Tensor]: # directions [B, K], of length 1 or 0 in every layer; alive [B, L], 1 or 0
-    "Divide each row by its length, layer by layer; zero rows stay zero, with zero gradient (ours)."
+    "Divide each row by its length, layer by layer; zero rows stay zero, with zero gradient."
     squares = threshold((rows * rows) @ layers, SHORTEST**2, inf)
     scale = squares.rsqrt()
     return rows * (scale @ layers.T), scale.detach().sign()
@@ -55,7 +55,7 @@ def directions_of(
 AVERAGES = ("pairs", "classes")
 
 class PairWeights(NamedTuple):
-    "What class sums are multiplied by to give the two means (ours)."
+    "What class sums are multiplied by to give the two means."
     within: Tensor # like sizes, for `|S_c|^2 - sum |n_i|^2`; 0 for classes with fewer than two images
     member: Tensor # like sizes, for `S_c` before they are added up; 0 for classes without images
     between: Tensor # scalar, for the sum over ordered pairs of two classes; 0 if there is none
@@ -64,7 +64,7 @@ class PairWeights(NamedTuple):
 def inverse(
     counts: Tensor, # any shape, whole numbers >= 0
 ) -> Tensor: # same shape
-    "Divide 1 by each number; 0 gives 0 (ours)."
+    "Divide 1 by each number; 0 gives 0."
     return counts.reciprocal().nan_to_num(posinf=0.0)
 
 # %% ../nbs/13_similarity.ipynb #9b9c0f2c
@@ -86,7 +86,7 @@ def check_rows(
     average: str, # one of `AVERAGES`
     num_classes: int | None, # at least 1, or None
 ) -> None:
-    "Raise ValueError for rows, labels or options that do not fit (ours)."
+    "Raise ValueError for rows, labels or options that do not fit."
     if average not in AVERAGES: raise ValueError(f"no average {average!r}. There is: {', '.join(AVERAGES)}")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
@@ -104,14 +104,14 @@ def one_hot(
     num_classes: int, # C
     dtype: torch.dtype = torch.float32,
 ) -> Tensor: # [B, C], 1 or 0; a label outside 0..C-1 gives a row of zeros
-    "Spread labels over columns without looking at their values on the host (ours)."
+    "Spread labels over columns without looking at their values on the host."
     return (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(dtype)
 
 # %% ../nbs/13_similarity.ipynb #70070541
 def full_precision(
     device: torch.device,
 ) -> torch.autocast | nullcontext: # a context manager
-    "Switch autocast off, where the device knows it (ours)."
+    "Switch autocast off, where the device knows it."
     if not torch.amp.is_autocast_available(device.type): return nullcontext()
     return torch.autocast(device.type, enabled=False)
 
@@ -119,14 +119,14 @@ def full_precision(
 def join_rows(
     rows: Sequence[Tensor], # one [B, K_l] for each layer
 ) -> tuple[Tensor, Tensor]: # [B, K] in float32, or float64 if there is any; the layers' indicator [K, L]
-    "Put the layers side by side (ours)."
+    "Put the layers side by side."
     dtype = torch.float64 if any(row.dtype == torch.float64 for row in rows) else torch.float32
     joined = torch.cat(list(rows), 1).to(dtype)
     return joined, layer_indicator(tuple(row.shape[1] for row in rows), dtype, joined.device)
 
 # %% ../nbs/13_similarity.ipynb #77fa4ce7
 class _AddUp(Function):
-    "Sum over processes, in the backward pass too"
+    "Sum over processes, in the backward pass too."
 
     @staticmethod
     def forward(ctx, value, group):
@@ -144,7 +144,7 @@ def add_up(
     values: Sequence[Tensor], # of the same dtype; of the same shapes in every process
     group: ProcessGroup, # who takes part
 ) -> list[Tensor]: # the sums over the processes, of these shapes, with gradients
-    "Sum tensors over processes in one exchange (ours)."
+    "Sum tensors over processes in one exchange."
     total = _AddUp.apply(torch.cat([value.flatten() for value in values]), group)
     parts = total.split([value.numel() for value in values])
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
@@ -154,7 +154,7 @@ def first_of_class(
     labels: Tensor, # [B], integer
     num_classes: int, # C
 ) -> Tensor: # [B], int64: place of the first image with the same label; -1 for labels outside 0..C-1
-    "Number the classes of a batch by their first images, without looking at values on the host (ours)."
+    "Number the classes of a batch by their first images, without looking at values on the host."
     first = (labels[:, None] == labels[None, :]).to(torch.uint8).argmax(1)
     return torch.where((labels >= 0) & (labels < num_classes), first, -1)
 
@@ -166,7 +166,7 @@ def layer_cosines(
     num_classes: int | None = None, # C; None reads the largest label, which waits for the device
     group: ProcessGroup | None = None, # processes that hold a share of the batch each; None: this one has it all
 ) -> tuple[Tensor, Tensor, PairWeights]: # within [1, L], between [1, L], and the weights they were made with
-    "Mean cosines of every layer from class sums; raises ValueError for shapes that do not fit (ours)."
+    "Mean cosines of every layer from class sums; raises ValueError for shapes that do not fit."
     check_rows(rows, labels, average, num_classes)
     if num_classes is None and group is not None: raise ValueError("processes need num_classes: each sees its labels")
     if num_classes is None: num_classes = max(1, int(labels.max()) + 1) if len(labels) else 1

@@ -44,7 +44,7 @@ from .files import load_tensors, save_tensors, write_text
 
 # %% ../nbs/02_training.ipynb #5c62ab19
 class Unobserved(nn.Module):
-    "A network in the form the loop wants, with nothing observed (ours)."
+    "A network in the form the loop wants, with nothing observed."
 
     def __init__(
         self,
@@ -62,7 +62,7 @@ class Unobserved(nn.Module):
 
 # %% ../nbs/02_training.ipynb #f957bacf
 class Objective:
-    "What a run minimises; a training method is a subclass of this (ours)."
+    "What a run minimises; a training method is a subclass of this."
     _group: ProcessGroup | None = None # see `across`
     unsaid: Mapping[str, Any] = {} # settings that came later -> value at which its name leaves them out
 
@@ -116,7 +116,7 @@ def check_share(
     knob: str, # name of the knob, for the message
     value: float, # what was asked for
 ) -> float: # the same
-    "Raise `ValueError` naming the knob unless a value is between 0 and 1 (ours)."
+    "Raise `ValueError` naming the knob unless a value is between 0 and 1."
     if 0 <= value <= 1: return value
     raise ValueError(f"{knob} must be between 0 and 1, not {value!r}")
 
@@ -146,12 +146,12 @@ def rise(
     epochs: int, # in all
     warmup: float, # share of the epochs until the factor is 1; 0: it always is
 ) -> float: # 0 to 1; 0 in the first epoch of a warm-up
-    "Look up how far a warm-up has come (ours)."
+    "Look up how far a warm-up has come."
     return min(1.0, (epoch - 1) / (warmup * epochs)) if warmup else 1.0
 
 # %% ../nbs/02_training.ipynb #92d2fa5e
 class WeightedTerms(Objective):
-    "Cross-entropy and weighted terms that may come in by degrees: what MwT and MODA have in common (ours)."
+    "Cross-entropy and weighted terms that may come in by degrees: what MwT and MODA have in common."
     unsaid = {"label_smoothing": 0, "warmup": 0}
 
     def __init__(
@@ -203,7 +203,7 @@ def constant(
     step: int, # steps done, 0 to steps - 1
     steps: int, # steps in all
 ) -> float: # fraction of the highest learning rate
-    "Leave the learning rate as it is (ours)."
+    "Leave the learning rate as it is."
     return 1.0
 
 # %% ../nbs/02_training.ipynb #ebde9e27
@@ -227,7 +227,7 @@ def onecycle(
     step: int, # steps done, 0 to steps - 1
     steps: int, # steps in all
 ) -> float: # fraction of the highest learning rate
-    "Climb from 1/25 to 1 in 30 % of the steps, then fall to 1/250,000, both on half a cosine wave (ours)."
+    "Climb from 1/25 to 1 in 30 % of the steps, then fall to 1/250,000, both on half a cosine wave."
     start, end, top = 1 / 25, 1 / 250_000, 0.3 * steps - 1
     if step <= top: return 1 + (start - 1) * cosine(step, top)
     return end + (1 - end) * cosine(step - top, steps - 1 - top)
@@ -247,7 +247,7 @@ def check_number(
     whole: bool = False, # whether it has to be a whole number
     above: bool = False, # whether it has to be more than `low`
 ) -> None:
-    "Raise `ValueError` naming the knob unless `value` is a finite number in its range (ours)."
+    "Raise `ValueError` naming the knob unless `value` is a finite number in its range."
     right_kind = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
     if right_kind and math.isfinite(value) and (value > low or value == low and not above): return
     kind = "a whole number" if whole else "a number"
@@ -256,7 +256,7 @@ def check_number(
 # %% ../nbs/02_training.ipynb #5e3182de
 @dataclass(frozen=True)
 class Settings:
-    "The knobs of `fit` that decide the trained weights; raises `ValueError` naming a bad one (ours)."
+    "The knobs of `fit` that decide the trained weights; raises `ValueError` naming a bad one."
     epochs: int # passes over the training images
     batch_size: int # images of an optimiser step
     lr: float # highest learning rate
@@ -302,7 +302,7 @@ def learning_rates(
     epoch: int, # 1 for the first
     steps: int, # optimiser steps of an epoch
 ) -> list[float]: # learning rate of each step of this epoch
-    "Look up the learning rates of an epoch; `onecycle` moves at every batch, whatever `schedule_step` says (ours)."
+    "Look up the learning rates of an epoch; `onecycle` moves at every batch, whatever `schedule_step` says."
     fraction, before = SCHEDULES[settings.schedule], epoch - 1
     if settings.schedule != "onecycle" and settings.schedule_step == "epoch":
         return [settings.lr * fraction(before, settings.epochs)] * steps
@@ -314,7 +314,7 @@ def epoch_seed(
     epoch: int, # 1 for the first; 0 before it
     use: str = "order", # what the numbers are for: two uses get unrelated numbers
 ) -> int: # 0 to 2**63 - 1
-    "Derive the seed of one epoch (ours)."
+    "Derive the seed of one epoch."
     digest = hashlib.sha256(f"{int(seed)} {int(epoch)} {use}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
@@ -324,7 +324,7 @@ def seeded(
     seed: int, # of torch's global random numbers inside the block
     device: torch.device, # CPU or CUDA; its generator is seeded too
 ) -> Iterator[None]:
-    "Draw global random numbers from a seed, and put the generators back at the end (ours)."
+    "Draw global random numbers from a seed, and put the generators back at the end."
     cuda = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=cuda):
         torch.random.default_generator.manual_seed(seed)
@@ -335,7 +335,7 @@ def seeded(
 # %% ../nbs/02_training.ipynb #1efa088e
 @dataclass
 class History:
-    "What happened in each epoch of a run (ours)."
+    "What happened in each epoch of a run."
     rows: list[dict[str, Any]] = field(default_factory=list) # epoch, lr, loss, terms, train_accuracy, seconds
 
     def __len__(self) -> int: # epochs
@@ -382,7 +382,7 @@ def forward_pass(
     objective: Objective,
     settings: Settings, # its precision
 ) -> Forward: # images `[B, 3, H, W]`, labels `[B]` -> logits `[B, C]` in float32, the loss, its terms
-    "Put network and losses together, from the images of a batch to its loss (ours)."
+    "Put network and losses together, from the images of a batch to its loss."
     half = settings.precision == "bfloat16"
     def forward(x, labels):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=half): output = network(x)
@@ -400,7 +400,7 @@ def train_step(
     settings: Settings, # its max_norm
     group: ProcessGroup | None = None, # processes whose gradients are averaged; None: this one alone
 ) -> tuple[dict[str, Tensor], Tensor]: # {"loss": ..., term: ...}, scalars; number of right answers, int64
-    "Improve the network by one batch; raises `ValueError` where the objective breaks its contract (ours)."
+    "Improve the network by one batch; raises `ValueError` where the objective breaks its contract."
     optimizer.zero_grad()
     logits, loss, terms = forward(x, labels)
     check_terms(loss, terms)
@@ -418,7 +418,7 @@ COLUMNS = ("epoch", "lr", "loss", "train_accuracy", "valid_accuracy", "seconds")
 def check_output(
     output: Any, # what the prepared network returned
 ) -> None:
-    "Raise `ValueError` unless it is a pair of logits and a dict (ours)."
+    "Raise `ValueError` unless it is a pair of logits and a dict."
     if isinstance(output, tuple) and len(output) == 2 and isinstance(output[1], dict): return
     raise ValueError("objective.prepare must return a network whose forward pass gives (logits, {name: tensor}), "
                      f"this one gave {type(output).__name__}")
@@ -428,7 +428,7 @@ def check_terms(
     loss: Tensor, # what the objective returned
     terms: dict[str, Tensor],
 ) -> None:
-    "Raise `ValueError` unless loss and terms are scalar tensors and the names are free (ours)."
+    "Raise `ValueError` unless loss and terms are scalar tensors and the names are free."
     for name, value in {"the loss": loss, **terms}.items():
         if not isinstance(value, Tensor) or value.ndim:
             what = f"a tensor of shape {list(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
@@ -442,7 +442,7 @@ def count_steps(
     drop_last: bool = False, # leave out a last batch that is not full
     processes: int = 1, # that share a batch
 ) -> int: # optimiser steps of an epoch
-    "Count the batches of an epoch, without a last one of a single image a process unless all are single (ours)."
+    "Count the batches of an epoch, without a last one of a single image a process unless all are single."
     full, rest = divmod(images, batch_size)
     return full + int(rest >= 2 * processes and not drop_last)
 
@@ -451,7 +451,7 @@ def share_of(
     group: ProcessGroup, # of processes that all have the same tensor
     batch: Tensor, # `[B, ...]`
 ) -> Tensor: # `[b, ...]`, with the same `b` in every process: up to size - 1 images at the end are left out
-    "Take this process's share of a batch (ours)."
+    "Take this process's share of a batch."
     size = dist.get_world_size(group)
     return batch[:len(batch) // size * size][dist.get_rank(group)::size]
 
@@ -460,7 +460,7 @@ def mean_of(
     group: ProcessGroup,
     value: Tensor, # of this process
 ) -> Tensor: # the mean over the processes, in each of them
-    "Average a tensor over the processes, without gradient (ours)."
+    "Average a tensor over the processes, without gradient."
     value = value.detach().clone(memory_format=torch.contiguous_format)
     dist.all_reduce(value, group=group)
     return value / dist.get_world_size(group)
@@ -470,7 +470,7 @@ def average_gradients(
     parameters: Iterable[Tensor], # in the same order in every process
     group: ProcessGroup,
 ) -> None:
-    "Replace each gradient by its mean over the processes, in one exchange (ours)."
+    "Replace each gradient by its mean over the processes, in one exchange."
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     mean = mean_of(group, torch.cat([gradient.flatten() for gradient in gradients]))
     for gradient, part in zip(gradients, mean.split([g.numel() for g in gradients]), strict=True):
@@ -486,7 +486,7 @@ def train_epoch(
     after_step: Callable[[], Any] = lambda: None, # called after each step, for a progress bar
     group: ProcessGroup | None = None, # processes that share each batch; None: this one alone
 ) -> dict[str, float]: # {"loss", terms: means over the images; "train_accuracy": fraction}
-    "Go through the training images once; the host waits for the device once, at the end (ours)."
+    "Go through the training images once; the host waits for the device once, at the end."
     names, total, right, images = None, 0.0, 0, 0
     for rate, (x, labels) in zip(rates, loader, strict=False):
         for part in optimizer.param_groups: part["lr"] = rate
@@ -509,7 +509,7 @@ def train_epoch(
 def evaluating(
     model: nn.Module, # in evaluation mode inside the block
 ) -> Iterator[nn.Module]: # the model
-    "Evaluate without gradients, then give each layer its former mode back (ours)."
+    "Evaluate without gradients, then give each layer its former mode back."
     modes = {module: module.training for module in model.modules()}
     try:
         with torch.no_grad(): yield model.eval()
@@ -520,14 +520,14 @@ def evaluating(
 def default_precision(
     device: torch.device,
 ) -> str: # "bfloat16" on CUDA, else "float32"
-    "Choose the number format in which a device predicts (ours)."
+    "Choose the number format in which a device predicts."
     return "bfloat16" if device.type == "cuda" else "float32"
 
 # %% ../nbs/02_training.ipynb #d6f5c11b
 def has_bfloat16(
     device: torch.device,
 ) -> bool: # True where bfloat16 has instructions of its own
-    "Tell whether bfloat16 pays on a device (ours)."
+    "Tell whether bfloat16 pays on a device."
     if device.type != "cpu": return device.type == "cuda"
     able = getattr(torch.cpu, "get_capabilities", dict)() # newer versions of torch have it
     return bool(able.get("avx512_bf16") or able.get("amx_bf16"))
@@ -537,7 +537,7 @@ def training_precision(
     device: torch.device,
     model: nn.Module, # to be trained
 ) -> str: # one of `PRECISIONS`
-    "Choose the number format of the forward pass in training: bfloat16 where it is fast, else float32 (ours)."
+    "Choose the number format of the forward pass in training: bfloat16 where it is fast, else float32."
     grouped = any(getattr(layer, "groups", 1) > 1 for layer in model.modules())
     return "bfloat16" if has_bfloat16(device) and (device.type == "cuda" or not grouped) else "float32"
 
@@ -546,7 +546,7 @@ def training_precision(
 def say_once(
     text: str,
 ) -> None:
-    "Write a line to stderr, the first time (ours)."
+    "Write a line to stderr, the first time."
     tqdm.write(text, file=sys.stderr)
 
 
@@ -556,7 +556,7 @@ def choose_precision(
     model: nn.Module, # to be trained
     progress: bool | None = None, # see `wants_progress`
 ) -> str: # one of `PRECISIONS`
-    "Settle the number format of the forward pass; raises `ValueError` for an unknown one (ours)."
+    "Settle the number format of the forward pass; raises `ValueError` for an unknown one."
     if precision is None:
         precision = training_precision(device, model)
         if precision == "bfloat16" and device.type == "cpu" and wants_progress(progress):
@@ -570,7 +570,7 @@ def home_of(
     model: nn.Module,
     otherwise: torch.device, # for a model without parameters and buffers
 ) -> torch.device: # of the first parameter or buffer
-    "Find where a model lives (ours)."
+    "Find where a model lives."
     tensor = next(model.parameters(), next(model.buffers(), None))
     return otherwise if tensor is None else tensor.device
 
@@ -578,7 +578,7 @@ def home_of(
 def check_images(
     split: Split,
 ) -> None:
-    "Raise `ValueError` for a split without images (ours)."
+    "Raise `ValueError` for a split without images."
     if not len(split): raise ValueError("split has no images; load_dataset(valid=0.1) holds out validation images")
 
 # %% ../nbs/02_training.ipynb #7399e271
@@ -589,7 +589,7 @@ def predict(
     device: str | torch.device | None = None, # where to compute; moves the model there; None: where it is
     precision: str | None = None, # one of `PRECISIONS`; None: bfloat16 on CUDA, else float32
 ) -> Tensor: # logits `[N, C]`, float32, on the device, without gradient
-    "Compute the logits of a split; raises `ValueError` for an empty split (ours)."
+    "Compute the logits of a split; raises `ValueError` for an empty split."
     check_images(split)
     device = home_of(model, split.images.device) if device is None else pick_device(device)
     precision = default_precision(device) if precision is None else precision
@@ -605,7 +605,7 @@ def select_columns(
     split: Split, # labels 0 to `len(split.classes)` - 1
     columns: Iterable[int] | None, # index of the logit of each of the split's classes; None: all, in order
 ) -> Tensor: # `[N, len(split.classes)]`
-    "Pick the logits of the split's classes; raises `ValueError` where the numbers do not fit (ours)."
+    "Pick the logits of the split's classes; raises `ValueError` where the numbers do not fit."
     if logits.ndim != 2 or len(logits) != len(split):
         raise ValueError(f"logits must be [{len(split)}, C] for this split, not {list(logits.shape)}")
     columns = list(range(logits.shape[1])) if columns is None else [int(column) for column in columns]
@@ -626,7 +626,7 @@ def evaluate(
     device: str | torch.device | None = None, # where to compute; None: where the model is
     precision: str | None = None, # of the forward pass, see `predict`
 ) -> float: # accuracy, fraction of right answers
-    "Measure the accuracy on a split; raises `ValueError` where outputs and classes do not fit (ours)."
+    "Measure the accuracy on a split; raises `ValueError` where outputs and classes do not fit."
     check_images(split)
     if logits is None: logits = predict(model, split, batch_size, device, precision)
     logits = select_columns(logits, split, columns)
@@ -636,7 +636,7 @@ def evaluate(
 def fingerprint(
     split: Split, # uint8 images, labels, preprocessing
 ) -> str: # 16 hexadecimal digits
-    "Tell splits apart by labels, preprocessing and about 100,000 of the pixels (ours)."
+    "Tell splits apart by labels, preprocessing and about 100,000 of the pixels."
     pixels = split.images.flatten()
     sample = pixels[:: max(1, len(pixels) // 100_000)].cpu().contiguous()
     treatment = [[round(float(value), 6) for value in (*split.mean, *split.std)], split.crop_padding, split.flip]
@@ -651,7 +651,7 @@ def describe_run(
     data: ImageData,
     objective: Objective,
 ) -> dict[str, Any]: # plain values for JSON, flat: "lr", "objective", "model.width", "data.name", ...
-    "Write down what decides the result of a run (ours)."
+    "Write down what decides the result of a run."
     config = getattr(model, "config", None) or {"class": type(model).__name__}
     name = re.sub(r" at 0x[0-9a-fA-F]+", "", repr(objective))
     about = {"name": data.name, "classes": data.classes, "train": len(data.train), "valid": len(data.valid),
@@ -665,7 +665,7 @@ def describe_run(
 # %% ../nbs/02_training.ipynb #2ecafc36
 @dataclass
 class Checkpoint:
-    "The content of a checkpoint file (ours)."
+    "The content of a checkpoint file."
     run: dict[str, Any] # from `describe_run`
     rows: list[dict[str, Any]] # of the history; as many as there were epochs
     model: dict[str, Tensor] # the network's state by name, on the CPU
@@ -676,7 +676,7 @@ def momentum_of(
     model: nn.Module,
     optimizer: torch.optim.Optimizer, # SGD over the model's parameters
 ) -> dict[str, Tensor]: # name of the parameter -> its momentum; those that have one
-    "Name the optimiser's momentum buffers (ours)."
+    "Name the optimiser's momentum buffers."
     found = {name: optimizer.state.get(p, {}).get("momentum_buffer") for name, p in model.named_parameters()}
     return {name: buffer for name, buffer in found.items() if buffer is not None}
 
@@ -688,7 +688,7 @@ def write_checkpoint(
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
 ) -> None:
-    "Save the state after an epoch (ours)."
+    "Save the state after an epoch."
     parts = {"model": model.state_dict(), "momentum": momentum_of(model, optimizer)}
     tensors = {f"{part}.{name}": tensor.detach().to("cpu", copy=True).contiguous()
                for part, named in parts.items() for name, tensor in named.items()}
@@ -698,7 +698,7 @@ def write_checkpoint(
 def read_checkpoint(
     path: str | Path,
 ) -> Checkpoint:
-    "Read a checkpoint file; raises `ValueError` naming the file where it is none or is damaged (ours)."
+    "Read a checkpoint file; raises `ValueError` naming the file where it is none or is damaged."
     try:
         tensors, header = load_tensors(path, "checkpoint")
         if header["epoch"] != len(header["rows"]): raise ValueError("its history does not fit its epoch")
@@ -714,7 +714,7 @@ def load_weights(
     saved: Checkpoint,
     model: nn.Module, # gets the saved weights, in its own layout and on its own device
 ) -> None:
-    "Copy saved weights into a model; raises `ValueError` and changes nothing where names or shapes differ (ours)."
+    "Copy saved weights into a model; raises `ValueError` and changes nothing where names or shapes differ."
     shapes = lambda tensors: {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     here, there = shapes(model.state_dict()), shapes(saved.model)
     wrong = [name for name in {**here, **there} if here.get(name) != there.get(name)]
@@ -731,7 +731,7 @@ def restore(
     model: nn.Module,
     optimizer: torch.optim.Optimizer, # SGD over the model's parameters, no step taken yet
 ) -> None:
-    "Give model and optimiser their saved weights and momentum; raises `ValueError` where they do not fit (ours)."
+    "Give model and optimiser their saved weights and momentum; raises `ValueError` where they do not fit."
     load_weights(path, saved, model)
     for name, parameter in model.named_parameters():
         if name not in saved.momentum: continue
@@ -742,7 +742,7 @@ def load_checkpoint(
     path: str | Path, # written by `fit`
     model: nn.Module, # of the same architecture; gets the weights
 ) -> History: # of the epochs behind these weights
-    "Load the weights of a checkpoint alone; raises `ValueError` where the file or the model is not right (ours)."
+    "Load the weights of a checkpoint alone; raises `ValueError` where the file or the model is not right."
     saved = read_checkpoint(path)
     load_weights(path, saved, model)
     return History(saved.rows)
@@ -754,7 +754,7 @@ def find_checkpoint(
     path: str | Path | None, # where a run keeps its state; None: nowhere
     run: dict[str, Any], # from `describe_run`
 ) -> Checkpoint | None: # None where there is no such file yet
-    "Look for a checkpoint of this run; raises `ValueError` naming each setting in which another run differs (ours)."
+    "Look for a checkpoint of this run; raises `ValueError` naming each setting in which another run differs."
     if path is None or not Path(path).exists(): return None
     saved = read_checkpoint(path)
     then = {key: value for key, value in FORMERLY.items() if key in run} | saved.run
@@ -767,7 +767,7 @@ def find_checkpoint(
 
 # %% ../nbs/02_training.ipynb #075ac248
 class TrainingDiverged(ValueError):
-    "A term of the loss, or a weight, became NaN or infinite (ours)."
+    "A term of the loss, or a weight, became NaN or infinite."
 
     def __init__(
         self,
@@ -789,7 +789,7 @@ def find_not_finite(
     row: dict[str, Any], # of the history
     model: nn.Module,
 ) -> str | None: # name of a term, "loss", or the name of a weight; None where all is well
-    "Look for NaN and infinity in an epoch's terms, its loss and the model's state, in this order (ours)."
+    "Look for NaN and infinity in an epoch's terms, its loss and the model's state, in this order."
     for name in sorted(row, key=lambda name: name == "loss"):
         if not math.isfinite(row[name]): return name
     state = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
@@ -802,7 +802,7 @@ def check_inputs(
     objective: Objective,
     settings: Settings,
 ) -> None:
-    "Raise `ValueError` where nothing can be trained on the data, or where the objective is none (ours)."
+    "Raise `ValueError` where nothing can be trained on the data, or where the objective is none."
     if not isinstance(objective, Objective):
         raise ValueError(f"objective must be an object of a subclass of Objective, not {objective!r}")
     if not hasattr(data, "train"):
@@ -817,7 +817,7 @@ def check_group(
     group: ProcessGroup | None,
     settings: Settings,
 ) -> None:
-    "Raise `ValueError` for a batch that the processes cannot share evenly (ours)."
+    "Raise `ValueError` for a batch that the processes cannot share evenly."
     if group is None: return
     size = dist.get_world_size(group)
     if settings.batch_size % size or settings.batch_size == size:
@@ -831,7 +831,7 @@ def prepare_network(
     example: Tensor, # `[2, 3, H, W]`, on the same device
     num_classes: int,
 ) -> nn.Module: # gives (logits, observed); the model is in training mode
-    "Let the objective wrap the model; raises `ValueError` where outputs or parameters do not fit (ours)."
+    "Let the objective wrap the model; raises `ValueError` where outputs or parameters do not fit."
     with evaluating(model): shape = list(model(example).shape)
     if shape != [len(example), num_classes]:
         raise ValueError(f"model gives {shape} for {len(example)} images, but the data has num_classes={num_classes}")
@@ -861,7 +861,7 @@ def arithmetic(
     settings: Settings, # its fast
     device: torch.device,
 ) -> Iterator[None]:
-    "Choose how convolutions on CUDA are computed, and put the former choice back at the end (ours)."
+    "Choose how convolutions on CUDA are computed, and put the former choice back at the end."
     cudnn = torch.backends.cudnn
     before = cudnn.benchmark, cudnn.allow_tf32
     if device.type == "cuda": cudnn.benchmark, cudnn.allow_tf32 = settings.fast, settings.fast
@@ -878,7 +878,7 @@ def make_forward(
     settings: Settings,
     batch_size: int, # images of this process in a usual batch
 ) -> Forward: # the model is in training mode
-    "Prepare a network for its steps, compiled or plain, as the settings say (ours)."
+    "Prepare a network for its steps, compiled or plain, as the settings say."
     network = prepare_network(model, objective, example, num_classes)
     plain = forward_pass(network, objective, settings)
     if not settings.compile: return plain
@@ -900,7 +900,7 @@ def steps_of(
     train: Split,
     group: ProcessGroup | None = None, # processes that share each batch; None: this one alone
 ) -> int: # optimiser steps of an epoch
-    "Count the steps of an epoch (ours)."
+    "Count the steps of an epoch."
     processes = dist.get_world_size(group) if group is not None else 1
     return count_steps(len(train), settings.batch_size, settings.drop_last, processes)
 
@@ -914,7 +914,7 @@ def run_epoch(
     after_step: Callable[[], Any] = lambda: None, # for a progress bar
     group: ProcessGroup | None = None, # processes that share each batch; None: this one alone
 ) -> dict[str, Any]: # row of the history
-    "Train for one epoch, with the chance that belongs to it (ours)."
+    "Train for one epoch, with the chance that belongs to it."
     device, start = train.device, time.perf_counter()
     order = torch.Generator(device).manual_seed(epoch_seed(settings.seed, epoch, "order"))
     loader = batches(train, settings.batch_size, augment=settings.augment, shuffle=True, generator=order)
@@ -928,7 +928,7 @@ def run_epoch(
 def wants_progress(
     progress: bool | None = None, # True or False decide; None: look around
 ) -> bool: # True where a person is likely to watch
-    "Decide on a progress bar: where stderr is a terminal, and neither in CI nor in a test (ours)."
+    "Decide on a progress bar: where stderr is a terminal, and neither in CI nor in a test."
     if progress is not None: return progress
     watched = not os.environ.get("CI") and not os.environ.get("PYTEST_CURRENT_TEST")
     return bool(watched and sys.stderr and sys.stderr.isatty())
@@ -940,7 +940,7 @@ def progress_bar(
     done: int, # epochs before this call
     progress: bool | None, # see `wants_progress`
 ) -> tqdm: # counts steps; shows epoch, loss, accuracy and the time left
-    "Make a text bar on stderr (ours)."
+    "Make a text bar on stderr."
     return tqdm(total=settings.epochs * steps, initial=done * steps, disable=not wants_progress(progress),
                 unit="step", dynamic_ncols=True, desc=f"epoch {done + 1}/{settings.epochs}")
 
@@ -950,7 +950,7 @@ def show_row(
     row: dict[str, Any], # of the history
     epochs: int, # in all
 ) -> None:
-    "Write an epoch's result beside the bar (ours)."
+    "Write an epoch's result beside the bar."
     bar.set_description(f"epoch {min(row['epoch'] + 1, epochs)}/{epochs}", refresh=False)
     accuracy = {name: f"{row[f'{name}_accuracy']:.3f}" for name in ("train", "valid") if f"{name}_accuracy" in row}
     bar.set_postfix(loss=f"{row['loss']:.3f}", **accuracy)
@@ -966,7 +966,7 @@ def run_epochs(
     progress: bool | None = None, # see `wants_progress`
     group: ProcessGroup | None = None, # processes that share each batch; None: this one alone
 ) -> Iterator[dict[str, Any]]: # a row of the history after each epoch
-    "Train epoch after epoch, and look at the validation images as often as the settings say (ours)."
+    "Train epoch after epoch, and look at the validation images as often as the settings say."
     if done == settings.epochs: return
     train, valid, example = data.train, data.valid, data.example(2)
     share = settings.batch_size // (dist.get_world_size(group) if group is not None else 1)

@@ -21,25 +21,25 @@ from .training import evaluating, home_of
 
 # %% ../nbs/10_units.ipynb #6b7d6138
 class NotTraceable(ValueError):
-    "A network, or the layer named in the message, whose forward pass cannot be recorded as a graph (ours)"
+    "A network, or the layer named in the message, whose forward pass cannot be recorded as a graph."
 
 # %% ../nbs/10_units.ipynb #feb41215
 _opaque: list[type[nn.Module]] = []
 
 
 def opaque(
-    *classes: type[nn.Module],  # layer classes that tracing shall not look into
+    *classes: type[nn.Module], # layer classes that tracing shall not look into
 ) -> None:
-    "Record layers of these classes as a single call: a way to use a network with an untraceable layer (ours)"
+    "Record layers of these classes as a single call: a way to use a network with an untraceable layer."
     _opaque.extend(c for c in classes if c not in _opaque)
 
 # %% ../nbs/10_units.ipynb #a97643ec
 class LayerTracer(fx.Tracer):
-    "`torch.fx`'s tracer, which also knows the path of the layer it is in (ours)"
+    "`torch.fx`'s tracer, which also knows the path of the layer it is in."
 
     def __init__(self):
         super().__init__()
-        self.inside: list[str] = []  # paths of the layers being traced, outermost first
+        self.inside: list[str] = [] # paths of the layers being traced, outermost first
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, tuple(_opaque)) or super().is_leaf_module(m, module_qualified_name)
@@ -47,14 +47,14 @@ class LayerTracer(fx.Tracer):
     def call_module(self, m, forward, args, kwargs):
         self.inside.append(self.path_of_module(m))
         result = super().call_module(m, forward, args, kwargs)
-        self.inside.pop()  # not reached on an error, so that the path stays
+        self.inside.pop() # not reached on an error, so that the path stays
         return result
 
 # %% ../nbs/10_units.ipynb #64d23da2
 def trace_graph(
-    model: nn.Module,  # traced in its current train or eval mode, since its code may depend on it
-) -> fx.GraphModule:  # shares layers and parameters with `model`
-    "Record the forward pass of `model` as a graph; raises `NotTraceable` naming the layer at fault (ours)"
+    model: nn.Module, # traced in its current train or eval mode, since its code may depend on it
+) -> fx.GraphModule: # shares layers and parameters with `model`
+    "Record the forward pass of `model` as a graph; raises `NotTraceable` naming the layer at fault."
     tracer = LayerTracer()
     try: graph = tracer.trace(model)
     except Exception as error:
@@ -69,9 +69,9 @@ def trace_graph(
 
 # %% ../nbs/10_units.ipynb #1c093c1f
 def name_sites(
-    traced: fx.GraphModule,  # from `trace_graph`
-) -> dict[str, fx.Node]:  # site name -> node, in order of execution
-    "Give each node of the graph a name that stays the same from run to run (ours)"
+    traced: fx.GraphModule, # from `trace_graph`
+) -> dict[str, fx.Node]: # site name -> node, in order of execution
+    "Give each node of the graph a name that stays the same from run to run."
     sites: dict[str, fx.Node] = {}
     for node in traced.graph.nodes:
         base = str(node.target) if node.op == "call_module" else node.name
@@ -83,7 +83,7 @@ def name_sites(
 
 # %% ../nbs/10_units.ipynb #1464fd1a
 class _ShapeRecorder(fx.Interpreter):
-    "Runs a graph and notes at each node the shape of its value: a tuple, a list of tuples, or None"
+    "Runs a graph and notes at each node the shape of its value: a tuple, a list of tuples, or None."
 
     def run_node(self, n: fx.Node):
         try: value = super().run_node(n)
@@ -103,9 +103,9 @@ def _shape(value):
 # %% ../nbs/10_units.ipynb #fbc0c257
 def trace(
     model: nn.Module,
-    example: torch.Tensor,  # `[B, C, H, W]` or whatever the model takes; only its shape matters
-) -> fx.GraphModule:  # each node has `meta["site"]`, its name, and `meta["shape"]`
-    "Record the forward pass in evaluation mode, with names and shapes; raises `NotTraceable`, `ValueError` (ours)"
+    example: torch.Tensor, # `[B, C, H, W]` or whatever the model takes; only its shape matters
+) -> fx.GraphModule: # each node has `meta["site"]`, its name, and `meta["shape"]`
+    "Record the forward pass in evaluation mode, with names and shapes; raises `NotTraceable`, `ValueError`."
     if not isinstance(example, torch.Tensor):
         raise ValueError(f"example must be a tensor such as torch.zeros(1, 3, 32, 32), not {type(example).__name__}")
     with evaluating(model):
@@ -125,31 +125,31 @@ NORM_LAYERS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 # %% ../nbs/10_units.ipynb #4f6f867f
 def layer_of(
     node: fx.Node,
-) -> nn.Module | None:  # the layer a node calls, if it calls one
-    "The layer behind a node (ours)"
+) -> nn.Module | None: # the layer a node calls, if it calls one
+    "The layer behind a node."
     return node.graph.owning_module.get_submodule(node.target) if node.op == "call_module" else None
 
 
 def function_name(
     node: fx.Node,
-) -> str:  # "" for layers, inputs and attributes
-    "Name of the function or method a node calls: `add` for `x + y`, `torch.add(x, y)` and `x.add(y)` (ours)"
+) -> str: # "" for layers, inputs and attributes
+    "Name of the function or method a node calls: `add` for `x + y`, `torch.add(x, y)` and `x.add(y)`."
     if node.op == "call_method": return node.target
     return getattr(node.target, "__name__", "") if node.op == "call_function" else ""
 
 
 def is_activation(node: fx.Node) -> bool:
-    "Does the node apply an activation function? (ours)"
+    "Does the node apply an activation function?"
     return isinstance(layer_of(node), ACTIVATION_LAYERS) or function_name(node) in ACTIVATION_NAMES
 
 
 def mixes(node: fx.Node) -> bool:
-    "Does the node make new channels out of all channels of its input, as convolutions and linear layers do? (ours)"
+    "Does the node make new channels out of all channels of its input, as convolutions and linear layers do?"
     return isinstance(layer_of(node), (*CONV_LAYERS, nn.Linear))
 
 # %% ../nbs/10_units.ipynb #633c590d
 def _normalised(node: fx.Node) -> fx.Node:
-    "The normalisation that alone reads a convolution, else the convolution itself"
+    "The normalisation that alone reads a convolution, else the convolution itself."
     user = next(iter(node.users), None)
     return user if len(node.users) == 1 and isinstance(layer_of(user), NORM_LAYERS) else node
 
@@ -164,8 +164,8 @@ KINDS = {
 # %% ../nbs/10_units.ipynb #978d7c41
 def output_nodes(
     graph: fx.Graph,
-) -> set[fx.Node]:  # nodes whose channels are the network's outputs
-    "Everything between the last mixing layers, included, and the output (ours)"
+) -> set[fx.Node]: # nodes whose channels are the network's outputs
+    "Everything between the last mixing layers, included, and the output."
     found, stack = set(), list(next(n for n in graph.nodes if n.op == "output").all_input_nodes)
     while stack:
         node = stack.pop()
@@ -176,9 +176,9 @@ def output_nodes(
 
 # %% ../nbs/10_units.ipynb #061ad77c
 def permutation(
-    node: fx.Node,  # of a graph with shapes
-) -> list[int] | None:  # dimension of the input that becomes dimension 0, 1, ... of the output
-    "The order of dimensions after `permute` or `transpose`; None for other operations (ours)"
+    node: fx.Node, # of a graph with shapes
+) -> list[int] | None: # dimension of the input that becomes dimension 0, 1, ... of the output
+    "The order of dimensions after `permute` or `transpose`; None for other operations."
     if function_name(node) not in ("permute", "transpose"): return None
     rank, given = len(node.meta["shape"]), node.args[1:] or tuple(node.kwargs.values())
     order = list(range(rank))
@@ -191,9 +191,9 @@ def permutation(
 
 
 def unit_axis(
-    node: fx.Node,  # of a graph with shapes
-) -> int:  # non-negative dimension
-    "The dimension of a node's tensor that holds its units (ours)"
+    node: fx.Node, # of a graph with shapes
+) -> int: # non-negative dimension
+    "The dimension of a node's tensor that holds its units."
     rank, source = len(node.meta["shape"]), next(iter(node.all_input_nodes), None)
     if isinstance(layer_of(node), nn.Linear): return rank - 1
     if mixes(node): return 1
@@ -205,10 +205,10 @@ def unit_axis(
 
 # %% ../nbs/10_units.ipynb #08dc526b
 def kind_of_sites(
-    traced: fx.GraphModule,  # with named nodes
-    kind: str = "activation",  # one of `KINDS`
-) -> list[fx.Node]:  # in order of execution
-    "The nodes of one kind, without the outputs of the network; raises `ValueError` for an unknown kind (ours)"
+    traced: fx.GraphModule, # with named nodes
+    kind: str = "activation", # one of `KINDS`
+) -> list[fx.Node]: # in order of execution
+    "The nodes of one kind, without the outputs of the network; raises `ValueError` for an unknown kind."
     if kind not in KINDS: raise ValueError(f"unknown kind of site '{kind}'; there are {', '.join(KINDS)}")
     outputs = output_nodes(traced.graph)
     return [n for n in KINDS[kind](traced.graph.nodes) if n not in outputs]
@@ -216,10 +216,10 @@ def kind_of_sites(
 # %% ../nbs/10_units.ipynb #3ca37809
 def unit_sites(
     model: nn.Module,
-    example: torch.Tensor,  # `[B, C, H, W]`, only its shape matters
-    kind: str = "activation",  # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter) or "linear"
-) -> dict[str, int]:  # site name -> number of units `K`, in order of execution
-    "Where a network has units, and how many (ours)"
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+    kind: str = "activation", # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter) or "linear"
+) -> dict[str, int]: # site name -> number of units `K`, in order of execution
+    "Where a network has units, and how many."
     return {n.meta["site"]: n.meta["shape"][unit_axis(n)] for n in kind_of_sites(trace(model, example), kind)}
 
 # %% ../nbs/10_units.ipynb #04a2580f
@@ -232,7 +232,7 @@ VIEWS = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqu
 def works_in_place(
     node: fx.Node,
 ) -> bool:
-    "Does the node overwrite its first argument? (ours)"
+    "Does the node overwrite its first argument?"
     if node.op == "call_module": return getattr(layer_of(node), "inplace", False) is True
     if node.op == "call_method": return node.target.endswith("_") and not node.target.endswith("__")
     if node.op != "call_function": return False
@@ -242,7 +242,7 @@ def works_in_place(
 
 
 def _positional_inplace(node: fx.Node) -> bool:
-    "F.relu(x, True)"
+    "F.relu(x, True)."
     try: names = list(inspect.signature(node.target).parameters)
     except (TypeError, ValueError): return False
     return "inplace" in names and len(node.args) > names.index("inplace") and node.args[names.index("inplace")] is True
@@ -251,23 +251,23 @@ def _positional_inplace(node: fx.Node) -> bool:
 def views(
     node: fx.Node,
 ) -> bool:
-    "May the node give out the memory of its first argument under another shape? (ours)"
+    "May the node give out the memory of its first argument under another shape?"
     return isinstance(layer_of(node), VIEW_LAYERS) or function_name(node) in VIEWS
 
 
 def overwritten(
     node: fx.Node,
 ) -> bool:
-    "Is the node's tensor, or a view of it, overwritten by an operation after it? (ours)"
+    "Is the node's tensor, or a view of it, overwritten by an operation after it?"
     return any(user.args and user.args[0] is node and (works_in_place(user) or views(user) and overwritten(user))
                for user in node.users)
 
 # %% ../nbs/10_units.ipynb #45480981
 def find_sites(
-    named: dict[str, fx.Node],  # from `name_sites`
-    wanted: Iterable[str],  # site names
-) -> list[fx.Node]:  # in the order asked for
-    "Look sites up by name; unknown ones raise `ValueError` with the nearest names (ours)"
+    named: dict[str, fx.Node], # from `name_sites`
+    wanted: Iterable[str], # site names
+) -> list[fx.Node]: # in the order asked for
+    "Look sites up by name; unknown ones raise `ValueError` with the nearest names."
     wanted = list(wanted)
     unknown = [s for s in wanted if s not in named]
     if unknown:
@@ -278,10 +278,10 @@ def find_sites(
 
 # %% ../nbs/10_units.ipynb #1798db6c
 def observe(
-    model: nn.Module,  # traced in its current train or eval mode
-    sites: Iterable[str],  # names from `unit_sites`
-) -> fx.GraphModule:  # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
-    "A view of the model that also returns the tensors at some sites, without hooks (ours)"
+    model: nn.Module, # traced in its current train or eval mode
+    sites: Iterable[str], # names from `unit_sites`
+) -> fx.GraphModule: # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
+    "A view of the model that also returns the tensors at some sites, without hooks."
     traced = trace_graph(model)
     sites = list(sites)
     nodes = find_sites(name_sites(traced), sites)
@@ -303,7 +303,7 @@ def tap(
     function: Callable, # (tensor, *further) -> (the tensor, something)
     *further: object, # arguments behind the tensor
 ) -> fx.Node: # the something
-    "Let a function read a tensor on its way to all others (ours)"
+    "Let a function read a tensor on its way to all others."
     with graph.inserting_after(node): both = graph.call_function(function, (node, *further))
     with graph.inserting_after(both): beside = graph.call_function(operator.getitem, (both, 1))
     with graph.inserting_after(both): passed = graph.call_function(operator.getitem, (both, 0))

@@ -36,11 +36,11 @@ from modnb.compose import (
 from modnb.data import ImageData, MissingDataset, Split, load_dataset, normalise
 from modnb.extract import masked
 from modnb.files import UnreadableFile
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops, other_accuracy, precision_recall
 from modnb.models import create_model
-from modnb.results import read_rows
-from modnb.running import run_notebook
 from modnb.training import Settings, fit, predict
 from modnb.units import unit_sites
 

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 
+from modnb.lab.matrix import check_cells, read_matrix, study_cells
+from modnb.lab.results import compare_systems, read_rows, read_study
+from modnb.lab.running import NotebookFailed, notebook_parameters, run_notebook
+from modnb.lab.samples import draw_subtasks
+from modnb.lab.trained import load_trained
 from modnb.masks import ModuleMasks
-from modnb.matrix import check_cells, read_matrix, study_cells
-from modnb.results import compare_systems, read_rows, read_study
-from modnb.running import NotebookFailed, notebook_parameters, run_notebook
-from modnb.samples import draw_subtasks
-from modnb.trained import load_trained
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))

@@ -15,7 +15,7 @@ from torch import nn
 
 from modnb.compose import compose
 from modnb.data import Split
-from modnb.explorer import ANSWERS, PAGE, class_bits, explorer, explorer_data, picture
+from modnb.lab.explorer import ANSWERS, PAGE, class_bits, explorer, explorer_data, picture
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops
 from modnb.moda.reuse import all_subtasks, evaluate_subtasks

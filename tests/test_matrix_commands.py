@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from modnb.commands import (
+from modnb.lab.commands import (
     hardware_kind,
     main,
     measured_epochs,
@@ -27,11 +27,11 @@ from modnb.commands import (
     study_steps,
     timing_key,
 )
+from modnb.lab.matrix import check_cells, check_study, choose_studies, read_matrix, study_cells
+from modnb.lab.published import TABLES
+from modnb.lab.results import compare, describe_run, make_rows, read_rows, summarise, write_rows
+from modnb.lab.running import NotebookFailed, notebook_parameters, run_notebook
 from modnb.locks import Taken, claimed, gpu_slot, is_held
-from modnb.matrix import check_cells, check_study, choose_studies, read_matrix, study_cells
-from modnb.published import TABLES
-from modnb.results import compare, describe_run, make_rows, read_rows, summarise, write_rows
-from modnb.running import NotebookFailed, notebook_parameters, run_notebook
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "nbs/experiments"
@@ -65,7 +65,7 @@ def experiments(folder: Path, matrix: str, train: str = "", look: str = "") -> P
 def modnb(*words: str, folder: Path, **options) -> subprocess.Popen:
     "The command line in a process group of its own"
     environment = os.environ | {"OMP_NUM_THREADS": "1", "XDG_CACHE_HOME": str(folder / "cache")}
-    return subprocess.Popen([sys.executable, "-m", "modnb.commands", *map(str, words)], cwd=folder, text=True,
+    return subprocess.Popen([sys.executable, "-m", "modnb.lab.commands", *map(str, words)], cwd=folder, text=True,
                             env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
                             **options)
 
@@ -315,7 +315,7 @@ def test_two_runs_of_one_folder(tmp_path):
         for name in "ab":
             with pytest.raises(Taken, match=r"out is being worked on by process \d+ on "):
                 run_notebook(tmp_path / f"{name}.ipynb", out / f"{name}.ipynb", {"out": str(out)})
-        command = [sys.executable, "-m", "modnb.running", tmp_path / "b.ipynb", out / "b.ipynb", "-p", "out", out]
+        command = [sys.executable, "-m", "modnb.lab.running", tmp_path / "b.ipynb", out / "b.ipynb", "-p", "out", out]
         assert subprocess.run(command, capture_output=True).returncode == 3
     assert {path: path.read_bytes() for path in out.iterdir()} == before
     run_notebook(tmp_path / "b.ipynb", out / "b.ipynb", {"out": str(out)})
@@ -336,7 +336,7 @@ def test_gpus_are_shared_out_and_given_back(tmp_path):
 
     def one(number):
         out = tmp_path / str(number)
-        command = ["-m", "modnb.running", tmp_path / "small.ipynb", out / "small.ipynb", "-p", "out", out]
+        command = ["-m", "modnb.lab.running", tmp_path / "small.ipynb", out / "small.ipynb", "-p", "out", out]
         return subprocess.run([sys.executable, *command], env=shared, capture_output=True, text=True)
 
     with ThreadPoolExecutor(6) as pool: ran = list(pool.map(one, range(6)))

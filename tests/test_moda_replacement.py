@@ -13,6 +13,8 @@ from torch import nn
 from modnb.compose import compose
 from modnb.data import ImageData, Split, batches, load_dataset
 from modnb.extract import Anatomy
+from modnb.lab.results import read_rows
+from modnb.lab.running import NotebookFailed, run_notebook
 from modnb.masks import ModuleMasks
 from modnb.moda.losses import MODA
 from modnb.moda.replacement import (
@@ -31,8 +33,6 @@ from modnb.moda.replacement import (
     weak_classes,
 )
 from modnb.models import create_model
-from modnb.results import read_rows
-from modnb.running import NotebookFailed, run_notebook
 from modnb.training import CrossEntropy, evaluate, predict
 from modnb.units import unit_sites
 

@@ -12,6 +12,8 @@ from torch import nn
 import modnb
 from modnb.data import Split
 from modnb.extract import Anatomy
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.moda.residual import (
     contributions,
@@ -23,8 +25,6 @@ from modnb.moda.residual import (
     sum_sites,
 )
 from modnb.models import create_model
-from modnb.results import read_rows
-from modnb.running import run_notebook
 from modnb.units import observe, unit_sites
 
 EXPERIMENTS = Path(modnb.__file__).parents[1] / "nbs/experiments"

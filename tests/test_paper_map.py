@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from modnb.published import TABLES
-from modnb.sources import PLACES, at_place, definitions, link_names, read_tag
+from modnb.lab.published import TABLES
+from modnb.lab.sources import PLACES, at_place, definitions, link_names, read_tag
 
 ROOT = Path(__file__).parents[1]
 EXPLANATIONS = sorted((ROOT / "nbs/explanations").glob("*.ipynb"))

@@ -15,8 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from modnb.models import list_models
-from modnb.published import (
+from modnb.lab.published import (
     CAVEATS,
     COLUMNS,
     PRINTED,
@@ -36,7 +35,8 @@ from modnb.published import (
     table_text,
     what_differs,
 )
-from modnb.results import METRICS, UNITS, describe_run, make_rows, markdown_table, read_rows
+from modnb.lab.results import METRICS, UNITS, describe_run, make_rows, markdown_table, read_rows
+from modnb.models import list_models
 
 ROOT = Path(__file__).parents[1]
 COUNTS = {  # numbers printed in each table, standard deviations left out
@@ -61,7 +61,7 @@ def one(table, **columns):
 
 
 def test_the_package_ships_the_tables():
-    assert sorted(path.stem for path in (ROOT / "modnb/published_tables").glob("*.csv")) == sorted(TABLES)
+    assert sorted(path.stem for path in (ROOT / "modnb/lab/published_tables").glob("*.csv")) == sorted(TABLES)
 
 
 def test_a_built_package_has_the_tables(tmp_path):
@@ -70,11 +70,11 @@ def test_a_built_package_has_the_tables(tmp_path):
     command = [sys.executable, "setup.py", "-q", *steps]
     ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr[-2000:]
-    built = tmp_path / "build/lib/modnb/published_tables"
+    built = tmp_path / "build/lib/modnb/lab/published_tables"
     assert sorted(path.stem for path in built.glob("*.csv")) == sorted(TABLES)
     code = (f"import sys; sys.path.insert(0, {str(built.parents[1])!r}); "
             "from importlib.resources import files; import modnb; "
-            "print(modnb.__file__, len(list((files('modnb') / 'published_tables').iterdir())))")
+            "print(modnb.__file__, len(list((files('modnb.lab') / 'published_tables').iterdir())))")
     alone = {"cwd": tmp_path, "capture_output": True, "text": True, "check": True, "env": {}}
     found = subprocess.run([sys.executable, "-S", "-c", code], **alone).stdout.split()
     assert found == [str(built.parent / "__init__.py"), str(len(TABLES))]

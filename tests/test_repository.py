@@ -127,7 +127,7 @@ def test_imports_point_downwards():
 
 def test_relative_imports_are_understood(tmp_path):
     "The test above would miss what it cannot read"
-    assert imported_modules(ROOT / "modnb/figures.py") >= {"masks"}
+    assert imported_modules(ROOT / "modnb/lab/figures.py") >= {"masks"}
     assert floor("moda.losses") == 2 and floor("masks") == 1 and floor("data") == 0 and floor("results") == 3
 
 
@@ -229,7 +229,7 @@ def test_readme_is_in_step(build, monkeypatch):
 
 
 def test_readme_table_is_computed_from_the_rows():
-    from modnb.results import compare_systems, markdown_table, read_rows
+    from modnb.lab.results import compare_systems, markdown_table, read_rows
 
     table = markdown_table(compare_systems(read_rows(ROOT / "results/demo.csv")))
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
@@ -241,7 +241,7 @@ def test_readme_links_lead_somewhere():
 
 
 def test_committed_rows_are_valid():
-    from modnb.results import read_rows
+    from modnb.lab.results import read_rows
 
     for path in (ROOT / "results").glob("*.csv"): assert len(read_rows(path))
 

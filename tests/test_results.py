@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import modnb
-from modnb import results
-from modnb.results import (
+from modnb.lab import results
+from modnb.lab.results import (
     FIELDS,
     MAY_BE_EMPTY,
     METRICS,

@@ -13,8 +13,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from modnb.matrix import cell_name, check_cells, read_matrix, shell_words, study_cells
-from modnb.running import (
+from modnb.lab.matrix import cell_name, check_cells, read_matrix, shell_words, study_cells
+from modnb.lab.running import (
     ANY,
     NotebookFailed,
     check_names,
@@ -27,9 +27,9 @@ from modnb.running import (
     read_value,
     run_notebook,
 )
-from modnb.samples import draw_images, draw_subtasks, read_sizes
+from modnb.lab.samples import draw_images, draw_subtasks, read_sizes
 
-IMPORTS = "from modnb.running import check_parameters"
+IMPORTS = "from modnb.lab.running import check_parameters"
 PARAMETERS = "epochs = 5  # passes\nlr = 0.1  # rate\nname = 'a'  # text\nflip = None  # or a truth value"
 CHECK = "knobs = check_parameters(In, globals())"
 
@@ -211,7 +211,7 @@ def test_kernels_need_no_ports_and_leave_nothing(notebook, tmp_path, monkeypatch
     (tmp_path / "t").mkdir()
     assert len(str(tmp_path)) > 80 or kernel_settings(tmp_path)["transport"] == "ipc"
     assert kernel_settings("/" + "x" * 100) == {}, "a socket's path is limited"
-    command = [sys.executable, "-m", "modnb.running", notebook]
+    command = [sys.executable, "-m", "modnb.lab.running", notebook]
     runs = [subprocess.Popen([*command, f"{i}.ipynb", "-p", "epochs", str(i)], cwd=tmp_path) for i in range(2)]
     assert [run.wait(60) for run in runs] == [0, 0]
     assert [json.loads(outputs(tmp_path / f"{i}.ipynb"))["epochs"] for i in range(2)] == [0, 1]
@@ -231,7 +231,7 @@ def test_exit_codes(notebook, tmp_path, capsys):
 def test_an_interrupted_run_stops_its_kernel(tmp_path):
     work = "import os, pathlib, time\npathlib.Path(x).write_text(str(os.getpid()))\ntime.sleep(120)"
     book, mark = write(tmp_path / "long.ipynb", IMPORTS, "x = ''", work), tmp_path / "pid"
-    command = [sys.executable, "-m", "modnb.running", book, tmp_path / "out.ipynb", "-p", "x", str(mark)]
+    command = [sys.executable, "-m", "modnb.lab.running", book, tmp_path / "out.ipynb", "-p", "x", str(mark)]
     runner = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
     for _ in range(300):
         if mark.exists() and mark.read_text(): break

@@ -54,10 +54,10 @@ def test_a_page_is_ready_for_sphinx(page):
 
 
 def test_exports_are_documented_and_their_code_can_be_opened():
-    cells = build.convert_notebook(Path("51_matrix.ipynb")).cells
+    cells = build.convert_notebook(Path("lab/01_matrix.ipynb")).cells
     text = "\n".join(cell["source"] for cell in cells)
     assert "### study_cells\n\n:::{code-block} python\n:class: signature\n\nstudy_cells(" in text
-    assert f'href="{build.FILES}/modnb/matrix.py#L' in text
+    assert f'href="{build.FILES}/modnb/lab/matrix.py#L' in text
     assert "<details class=\"code\"><summary>Code of <code>study_cells</code>" in text
     assert "```python\ndef study_cells(" in text
 
