@@ -9,9 +9,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
-# The numbers of the library's notebooks begin with that of their group.
-LIBRARY = {"0": "The ground", "1": "Shared vocabulary", "2": "CNNSplitter", "3": "MwT", "4": "MODA",
-           "5": "Running experiments", "6": "Results"}
+TOP = {"0": "The ground", "1": "Shared vocabulary", "9": "Utilities"}  # first digit of a notebook beside the folders
+FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "lab": "The lab", "experiments": "Experiments",
+           "findings": "Findings", "explanations": "Explanations"}  # in reading order
+ORDER = ["Start here", TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
                "moda_residual", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
                "mwt_report", "report"]
@@ -33,9 +34,8 @@ def group_of(notebook: Path) -> str:
     match notebook.parts:
         case [_] if notebook.stem in ("index", "explore"): return "Start here"
         case ["tutorials", _]: return "Start here"
-        case ["explanations", *_]: return "Explanations"
-        case ["experiments", *_]: return "Experiments"
-        case [name] if name[0] in LIBRARY: return LIBRARY[name[0]]
+        case [folder, _, *_] if folder in FOLDERS: return FOLDERS[folder]
+        case [name] if name[0] in TOP: return TOP[name[0]]
     return "More"
 
 
@@ -49,8 +49,7 @@ def place(notebook: Path) -> tuple:
 
 def groups() -> dict[str, list[Path]]:
     "Headings in reading order, each with its notebooks"
-    order = ["Start here", *LIBRARY.values(), "Experiments", "Explanations", "More"]
-    found = {heading: sorted((n for n in notebooks() if group_of(n) == heading), key=place) for heading in order}
+    found = {heading: sorted((n for n in notebooks() if group_of(n) == heading), key=place) for heading in ORDER}
     return {heading: members for heading, members in found.items() if members}
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from modnb.lab.published import TABLES
-from modnb.lab.sources import PLACES, at_place, definitions, link_names, read_tag
+from modnb.lab.sources import PLACES, at_place, definitions, link_names, read_module, read_tag
 
 ROOT = Path(__file__).parents[1]
 EXPLANATIONS = sorted((ROOT / "nbs/explanations").glob("*.ipynb"))
@@ -29,8 +29,22 @@ def code_of(notebook: Path) -> str:
 def test_every_definition_has_a_readable_source():
     for found in definitions():
         if found.kind not in ("function", "class"): continue
-        assert found.tag, f"{found.path} ({found.page}): end its docstring with (ours) or a place such as (MwT Eq. 4)"
-        read_tag(found.tag)
+        assert found.summary, f"{found.path} ({found.page}) has no docstring"
+        read_tag(found.tag)  # of a paper, or nothing: ours
+
+
+def test_remarks_in_parentheses_are_no_sources(tmp_path):
+    "What looks like a source has to be one; any other remark belongs to the docstring"
+    head = "# File to edit: ../nbs/10_units.ipynb.\n__all__ = ['f']\n\ndef f():\n    "
+    for text, tag, summary in [("Compute relu(x * mask).", None, "Compute relu(x * mask)"),
+                               ("Count (MwT Eq. 4).", "MwT Eq. 4", "Count"), ("Count.", None, "Count"),
+                               ("Count (Eq. 4).", "Eq. 4", "Count"), ("Count (MTW Sec. 3).", "MTW Sec. 3", "Count")]:
+        (tmp_path / "m.py").write_text(f"{head}{text!r}\n")
+        found = read_module(tmp_path / "m.py", "m")[1]
+        assert (found.tag, found.summary) == (tag, summary)
+        if tag == "MwT Eq. 4": assert read_tag(tag) == [("MwT", "Eq. 4")]
+        elif tag:
+            with pytest.raises(ValueError, match="no source"): read_tag(tag)
 
 
 @pytest.mark.parametrize("paper", PLACES)

@@ -88,16 +88,28 @@ def test_package_imports_little():
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
-GROUND = ["compat", "data", "models", "training", "files", "testing", "locks"]
-METHODS = ["cnnsplitter", "mwt", "moda"]
-ABOVE = ["running", "matrix", "samples", "results", "figures", "published", "trained", "reports", "commands",
-         "sources", "explorer"]
+def written_in() -> dict[str, Path]:
+    "Module without `modnb.` -> the notebook that exports it, relative to nbs/"
+    found = {}
+    for notebook in NOTEBOOKS:
+        for cell in cells(notebook, "code"):
+            exports = re.search(r"^#\|\s*default_exp\s+(\S+)", cell["source"], re.MULTILINE)
+            if exports: found[exports[1]] = notebook.relative_to(NBS)
+    return found
+
+
+WRITTEN_IN = written_in()
+FOLDERS = sorted({path.parts[0] for path in WRITTEN_IN.values() if len(path.parts) == 2})
+METHODS = [folder for folder in FOLDERS if folder != "lab"]
 
 
 def floor(module: str) -> int:
-    "0 the ground, 1 the shared vocabulary, 2 the methods, 3 experiments and results"
-    part = module.split(".")[0]
-    return 0 if part in GROUND else 2 if part in METHODS else 3 if part in ABOVE else 1
+    "0 the ground and utilities, 1 the shared vocabulary, 2 the methods, 3 the lab, which stands on all of them"
+    if module in FOLDERS: return 3 if module == "lab" else 2
+    notebook = WRITTEN_IN[module]
+    if len(notebook.parts) == 2: return floor(notebook.parts[0])
+    assert notebook.name[0] in "019", f"{notebook}: 0 the ground, 1 the vocabulary, 9 utilities, all else in a folder"
+    return int(notebook.name[0] == "1")
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -108,9 +120,17 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.ImportFrom):
             base = [*package[: len(package) - node.level + 1]] if node.level else []
             full = ".".join(filter(None, [*(["modnb", *base] if node.level else []), node.module]))
-            names = [full] + [f"{full}.{alias.name}" for alias in node.names if full in ("modnb", *METHODS)]
+            inside = full == "modnb" or full.removeprefix("modnb.") in FOLDERS
+            names = [f"{full}.{alias.name}" for alias in node.names] if inside else [full]
         found |= {n.removeprefix("modnb.") for n in names if n.startswith("modnb.")}
-    return found
+    return {n for n in found if n in WRITTEN_IN or n in FOLDERS}
+
+
+def test_folders_of_notebooks_are_packages():
+    for module, notebook in WRITTEN_IN.items():
+        wanted = ".".join([*notebook.parts[:-1], re.sub(r"^\d+_", "", notebook.stem)])
+        assert module == wanted, f"{notebook} exports {module}; its folder and name say {wanted}"
+    assert {"cnnsplitter", "lab", "moda", "mwt"} <= set(FOLDERS)
 
 
 def test_imports_point_downwards():
@@ -121,14 +141,14 @@ def test_imports_point_downwards():
             assert floor(other) <= floor(module), f"{module} imports {other}, which lies above it"
             methods = {m.split(".")[0] for m in (module, other) if floor(m) == 2}
             assert len(methods) <= 1, f"{module} imports {other}: a method never imports another"
-            # `trained` builds networks again, and MwT's have parts that no other has
-            assert module == "trained" or not (floor(module) == 3 and methods), f"{module} imports the method {other}"
 
 
-def test_relative_imports_are_understood(tmp_path):
+def test_relative_imports_are_understood():
     "The test above would miss what it cannot read"
     assert imported_modules(ROOT / "modnb/lab/figures.py") >= {"masks"}
-    assert floor("moda.losses") == 2 and floor("masks") == 1 and floor("data") == 0 and floor("results") == 3
+    assert imported_modules(ROOT / "modnb/lab/trained.py") >= {"data", "lab.results", "mwt.generators"}
+    floors = {"data": 0, "files": 0, "masks": 1, "moda.losses": 2, "mwt": 2, "lab.results": 3, "lab": 3}
+    assert {module: floor(module) for module in floors} == floors
 
 
 def test_annotations_can_be_evaluated():
@@ -163,7 +183,7 @@ def test_experiments_have_checked_parameters_and_no_outputs(notebook):
     assert "check_parameters(In, globals())" in code[places[0] + 1]["source"]
     assert not code[places[0]]["source"].startswith("# Parameters"), "that is how papermill marks its own cell"
     for line in code[places[0]]["source"].splitlines():
-        assert re.match(r"\w+ = .+  # \S", line), f"a plain value and a comment are wanted: {line}"
+        assert re.match(r"\w+ = .+ # \S", line), f"a plain value and a comment are wanted: {line}"
     assert not any(cell["outputs"] for cell in code), "jupyter nbconvert --clear-output --inplace"
 
 
@@ -191,6 +211,20 @@ def test_exported_cells_import_by_name(notebook):
         if not re.search(r"^#\|\s*export", cell["source"], re.MULTILINE): continue
         stars = [n for n in ast.walk(python_source(cell)) if isinstance(n, ast.ImportFrom) and n.names[0].name == "*"]
         assert not stars, f"import * in an exported cell:\n{cell['source'][:200]}"
+
+
+@each_notebook
+def test_one_dialect(notebook):
+    "Docstrings end with a period and do not say (ours); a comment in a signature is one space behind the code"
+    for cell in cells(notebook, "code"):
+        tree, lines = python_source(cell), cell["source"].split("\n")
+        for node in ast.walk(tree) if tree else []:
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef): continue
+            text = ast.get_docstring(node)
+            assert not text or text[-1] in ".?!" and "(ours)" not in text, f"{node.name}: {text}"
+            first = node.body[0].lineno if not isinstance(node, ast.ClassDef) else node.lineno
+            for line in lines[node.lineno - 1:first - 1]:
+                assert not re.search(r"[,:(\[]  +# ", line), f"one space before the comment: {line}"
 
 
 @each_notebook

@@ -118,28 +118,28 @@ def test_headings_have_quartos_anchors():
 
 SOURCE = '''
 def measure(
-    masks: "Masks",  # boolean `[C, K]`:
-                     # one row a class
-    first, second: int = 2,  # how many
+    masks: "Masks", # boolean `[C, K]`:
+                    # one row a class
+    first, second: int = 2, # how many
     *,
-    mode: str = "all",  # "all" | "one"
-) -> float:  # fraction
-    "Count what is kept (ours)"
+    mode: str = "all", # "all" | "one"
+) -> float: # fraction
+    "Count what is kept (MwT Eq. 4)."
     # no part of the table
     return 0.0
 
 @dataclass
 class Row:
-    "One line (ours)"
+    "One line."
 
-    name: str  # of the class
+    name: str # of the class
     value: float = 0.5
 
     @property
-    def long(self) -> bool:  # beyond ten
-        "Whether the name is long"
+    def long(self) -> bool: # beyond ten
+        "Whether the name is long."
 
-    def _own(self): "Not shown"
+    def _own(self): "Not shown."
 '''
 
 
@@ -161,7 +161,7 @@ def test_definitions_as_markdown():
 
     text = cell_markdown(SOURCE, lambda name: f"there#{name}")
     assert "| `mode` | `str` | `'all'` | \"all\" \\| \"one\" |" in text and "#### Row.long" in text
-    assert '<a class="to-source" href="there#measure">source</a> Count what is kept (ours)' in text
+    assert '<a class="to-source" href="there#measure">source</a> Count what is kept (MwT Eq. 4).' in text
     assert cell_markdown("import os\nfrom a import b", str) == ""
     assert cell_markdown("LIMIT = 3", str).startswith('<details class="code"><summary>Code of <code>LIMIT</code>')
 
@@ -177,9 +177,13 @@ def test_every_notebook_has_a_place():
     for name in EXPERIMENTS: assert (NBS / f"experiments/{name}.ipynb").exists(), "docs/pages.py: EXPERIMENTS"
     places = {"index": "Start here", "explore": "Start here", "tutorials/01_x": "Start here",
               "explanations/01_x": "Explanations", "12_extract": "Shared vocabulary", "other/x": "More",
-              "experiments/train": "Experiments"}
+              "experiments/train": "Experiments", "moda/00_losses": "MODA", "lab/00_running": "The lab",
+              "findings/01_measured": "Findings", "90_files": "Utilities"}
     assert {name: group_of(Path(f"{name}.ipynb")) for name in places} == places
     assert list(PAGES)[0] == "index"
+    headings = ["Start here", "The ground", "Shared vocabulary", "CNNSplitter", "MwT", "MODA", "The lab", "Experiments",
+                "Findings", "Explanations", "Utilities"]
+    assert list(build.groups()) == headings
 
 
 def test_page_names_are_nbdevs():
