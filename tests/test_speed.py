@@ -6,6 +6,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch._dynamo.testing
 from references import CountOperations
 from torch._dynamo.exc import TorchDynamoException
 
