@@ -166,7 +166,8 @@ def test_agreement_benchmark_compares_the_loops(tmp_path):
     accuracy = rows[rows.metric == "accuracy"]
     assert len(accuracy) == 3 * 2 * 2 and accuracy.value.between(0.05, 1).all()
     apart = rows[rows.metric == "loss_apart"].set_index("system").value
-    assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="fast loop") < 1e-3).all()
+    assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="float32") < 1e-3).all()
+    assert (apart.filter(like="fast loop") < 0.03).all() # bfloat16 where the processor has it
 
 
 KNOBS = {
