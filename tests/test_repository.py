@@ -100,7 +100,6 @@ def written_in() -> dict[str, Path]:
 
 WRITTEN_IN = written_in()
 FOLDERS = sorted({path.parts[0] for path in WRITTEN_IN.values() if len(path.parts) == 2})
-METHODS = [folder for folder in FOLDERS if folder != "lab"]
 
 
 def floor(module: str) -> int:
