@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..data import Split, batches, choose, images_per_class
-from ..extract import Anatomy, Channelwise, Elementwise, Union
+from ..extract import Anatomy
 from ..masks import ModuleMasks
+from ..rules import Channelwise, Elementwise, Union
 from ..similarity import full_precision, one_hot
 from ..training import evaluating, home_of
 from ..units import NORM_LAYERS, find_sites, is_activation, kind_of_sites, layer_of, observe

@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..data import Split, batches, choose
-from ..extract import Anatomy, Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
+from ..extract import Anatomy
 from ..masks import ModuleMasks
+from ..rules import Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
 from ..similarity import full_precision
 from ..training import check_images, check_number, home_of
 from ..units import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS, find_sites, function_name, layer_of, trace_graph
@@ -51,7 +52,7 @@ ZERO_NAMES = {"relu", "relu_", "relu6", "leaky_relu", "elu", "selu", "gelu", "si
               "clone"}
 
 def keeps_zero(
-    rule, # of a node, see `modnb.extract.rule_of`
+    rule, # of a node, see `modnb.rules.rule_of`
 ) -> bool:
     "Does a channel that is zero before the node stay zero behind it, or does the node mix channels anyway?"
     if isinstance(rule, Channelwise):
