@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import fx, nn
 
+from .devices import home_of
 from .rules import KeptWeights, Live, Maker, Rule, Whole, constant_of, rule_of, spread, tensor_inputs
-from .training import home_of
 from .units import find_sites, function_name, trace, unit_axis, works_in_place
 
 # %% ../nbs/13_extract.ipynb #e4b786bd

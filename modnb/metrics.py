@@ -17,12 +17,12 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .data import choose, class_indices
+from .checks import choose
+from .data import class_indices
+from .devices import evaluating, full_precision, home_of
 from .extract import Anatomy
 from .masks import ModuleMasks
 from .rules import KeptWeights
-from .similarity import full_precision
-from .training import evaluating, home_of
 from .units import unit_sites
 
 # %% ../nbs/15_metrics.ipynb #a3d287ef

@@ -494,7 +494,7 @@ class Product(Elementwise):
 
 # %% ../nbs/12_rules.ipynb #53b9075a
 class Union(Elementwise):
-    "A sum or difference: alive where one operand is; aligned with zeros as in MwT Fig. 3-d."
+    "A sum or difference: alive where one operand is, aligned with zeros (MwT Fig. 3-d)."
 
     def alive(self, live): return Live(self.axis, self.masks(live).any(0))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from .data import Split, class_indices
 from .files import UnreadableFile, write_text
 from .metrics import count_flops, count_weights
-from .training import evaluate, predict
+from .prediction import evaluate, predict
 
 # %% ../nbs/17_subtasks.ipynb #10811418
 MOST = 20 # classes: 1,048,555 sub-tasks

@@ -19,16 +19,18 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from .data import Split, batches, choose
+from .checkpoints import fingerprint
+from .checks import choose
+from .data import Split, batches
+from .devices import PRECISIONS, default_precision, evaluating, home_of
 from .extract import Anatomy, EmptyModule, Plan
 from .files import load_tensors, save_tensors
 from .masks import ModuleMasks
 from .metrics import count_flops, count_weights
+from .prediction import check_images, predict
+from .progress import wants_progress
 from .rules import Calculator, Channelwise, Dense, Live, Rule, rule_of
 from .subtasks import subtask_indices
-from modnb.training import (
-    PRECISIONS, check_images, default_precision, evaluating, fingerprint, home_of, predict, wants_progress,
-)
 from .units import CONV_LAYERS, NORM_LAYERS, output_nodes
 
 # %% ../nbs/18_walk.ipynb #52f68a9f

@@ -19,6 +19,7 @@ from modnb.extract import EmptyModule
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops
 from modnb.models import create_model
+from modnb.prediction import evaluate, predict
 from modnb.subtasks import (
     all_subtasks,
     draw_sizes,
@@ -31,7 +32,6 @@ from modnb.subtasks import (
     save_subtasks,
     subtask_indices,
 )
-from modnb.training import evaluate, predict
 from modnb.units import unit_sites
 from modnb.walk import Family, Runner, evaluate_subtasks, formula_holds
 

@@ -11,11 +11,11 @@ import re
 import shlex
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from difflib import get_close_matches
 from itertools import product
 from pathlib import Path
 from typing import Any
 
+from ..checks import did_you_mean
 from .running import check_names, check_types, config_hash, notebook_parameters
 
 # %% ../../nbs/lab/01_matrix.ipynb #265ae02a
@@ -88,10 +88,8 @@ def choose_studies(
     chosen = []
     for name in (word.strip() for word in wanted.split(",")):
         if name not in known:
-            near = get_close_matches(name, known, n=3)
-            hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
             tables = f", and the published {', '.join(filled)}" if filled else ""
-            raise ValueError(f"no study {name!r}.{hint} There is: {', '.join(matrix)}{tables}")
+            raise ValueError(f"no study {name!r}.{did_you_mean(name, known)} There is: {', '.join(matrix)}{tables}")
         chosen += known[name]
     return list(dict.fromkeys(chosen))
 

@@ -16,11 +16,11 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from typing import Any
 
+from ..checks import choose
 from .results import FIELDS, METRICS, count_classes
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
@@ -71,10 +71,7 @@ def table_text(
     name: str, # one of `TABLES`
 ) -> str: # CSV
     "Open the file of a published table; `ValueError` naming the nearest tables for an unknown one."
-    if name not in TABLES:
-        near = get_close_matches(str(name), TABLES, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"there is no published table {name!r}.{hint} There is: {', '.join(TABLES)}.")
+    choose(name, TABLES, "published table")
     return (files("modnb.lab") / "published_tables" / f"{name}.csv").read_text(encoding="utf-8")
 
 # %% ../../nbs/lab/06_published.ipynb #243221ec

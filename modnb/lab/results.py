@@ -17,13 +17,13 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
 import torch
 
 import modnb
+from ..checks import did_you_mean
 from ..files import atomic_path
 from .running import canonical, config_hash
 
@@ -214,9 +214,7 @@ def make_rows(
     known = {name: unit for name, (unit, _) in METRICS.items()} | dict(units or {})
     for name in values:
         if name in known: continue
-        near = get_close_matches(name, known, n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"no unit for the metric {name!r}: give it in `units`.{hint}")
+        raise ValueError(f"no unit for the metric {name!r}: give it in `units`.{did_you_mean(name, known)}")
     short = lambda number, digits: None if number is None else float(f"{number:.{digits}g}")
     common = {"classes": class_set(classes), "split": split, "seconds": short(seconds, 4)}
     rows = [{"metric": name, "value": short(value, 9), "unit": known[name]} for name, value in values.items()]

@@ -17,11 +17,11 @@ import signal
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from difflib import get_close_matches
 from pathlib import Path
 from tempfile import mkdtemp
 from typing import Any
 
+from ..checks import did_you_mean
 from ..locks import Taken, assigned_gpu, claimed
 
 # %% ../../nbs/lab/00_running.ipynb #79e73da9
@@ -57,8 +57,7 @@ def check_names(
     declared = list(declared)
     for name in given:
         if name in declared: continue
-        near = get_close_matches(name, declared, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
+        hint = did_you_mean(name, declared)
         raise ValueError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(declared) or 'none'}.")
 
 # %% ../../nbs/lab/00_running.ipynb #a80d94c2

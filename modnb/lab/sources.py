@@ -10,10 +10,11 @@ __all__ = ['PLACES', 'PLACE', 'TAG', 'SOURCE', 'NAMED', 'read_numbers', 'read_ta
 import ast
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
+
+from ..checks import nearest
 
 # %% ../../nbs/lab/10_sources.ipynb #cell-008
 PLACES = { # paper -> place -> what is there, in the paper's order
@@ -233,8 +234,7 @@ def find_definition(
     "Look up an exported name; `ValueError` with the nearest ones if it does not exist."
     known = {found.path: found for found in definitions(folder)}
     if path in known: return known[path]
-    near = get_close_matches(path, known, n=3)
-    raise ValueError(f"the library does not export {path!r}; near it: {', '.join(near) or 'nothing'}")
+    raise ValueError(f"the library does not export {path!r}; near it: {', '.join(nearest(path, known)) or 'nothing'}")
 
 
 def link_names(
