@@ -46,7 +46,6 @@ from modnb.mwt.reuse import (
     fine_tune_selected_on_test,
     fold_masks,
     mean_masks,
-    random_subtasks,
     renormalise,
 )
 from modnb.objectives import CrossEntropy
@@ -610,13 +609,3 @@ def test_bad_subtasks_and_masks(trained):
     wide = create_model("vgg12", width=0.25)
     with pytest.raises(ValueError, match="another model"):
         Reuser(add_mask_generators(wide, data.example()), masks, data.example())
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.integers(1, 20), st.integers(0, 9))
-def test_random_subtasks_are_different_and_repeat(size, number, seed):
-    known = list("abcdef")
-    drawn = random_subtasks(known, size, number, seed)
-    assert drawn == random_subtasks(known, size, number, seed)
-    assert len(drawn) == min(number, math.comb(6, size)) == len({tuple(classes) for classes in drawn})
-    assert all(classes == sorted(classes) and len(classes) == size for classes in drawn)

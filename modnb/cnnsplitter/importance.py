@@ -17,8 +17,9 @@ from torch import Tensor, fx, nn
 from ..checks import check_number, choose
 from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
-from ..extract import Anatomy, Channelwise, Elementwise, Union
+from ..extract import Anatomy
 from ..masks import ModuleMasks
+from ..rules import Channelwise, Elementwise, Union
 from ..units import NORM_LAYERS, find_sites, is_activation, kind_of_sites, layer_of, observe
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #35a85e61

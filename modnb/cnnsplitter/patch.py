@@ -7,6 +7,7 @@ __all__ = ['RANGES', 'logit_range', 'min_max', 'translation', 'Patched', 'weak_c
            'save_patched', 'load_patched']
 
 # %% ../../nbs/cnnsplitter/05_patch.ipynb #92597e9f
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import check_number, choose
-from ..compose import below, copy_module, load_state, pack_module, registered, unpack_module
+from ..compose import below, load_state, pack_module, registered, unpack_module
 from ..data import Split
 from ..files import load_tensors, save_tensors
 from ..prediction import predict
@@ -80,7 +81,7 @@ class Patched(nn.Module):
         translate: tuple[Tensor, Tensor] | None = None, # from `translation`
     ):
         super().__init__()
-        self.weak, self.module = copy_module(weak), copy_module(module)
+        self.weak, self.module = copy.deepcopy(weak), copy.deepcopy(module)
         self.classes, self.targets, self.clip = list(classes), list(targets), clip
         answers = torch.tensor([self.module.classes.index(name) for name in targets])
         source = torch.tensor([self.targets.index(name) if name in self.targets else 0 for name in self.classes])

@@ -31,7 +31,7 @@ def class_bits(
 # %% ../../nbs/lab/09_explorer.ipynb #cell-010
 def explorer_data(
     masks: ModuleMasks, # the modules of one network
-    rows: Iterable[Mapping[str, Any]], # from `modnb.moda.reuse.evaluate_subtasks`, or with the same fields
+    rows: Iterable[Mapping[str, Any]], # from `modnb.walk.evaluate_subtasks`, or with the same fields
     weights: int, # parameters of the whole network
     flops: int, # multiply-adds of the whole network for one image, from `count_flops`
 ) -> dict[str, Any]: # "classes", "layers": name and units, "rows": sub-task -> five counts, "whole": two counts
@@ -198,7 +198,7 @@ SKELETON = """<div class="modnb-explorer">
 # %% ../../nbs/lab/09_explorer.ipynb #cell-026
 def explorer(
     masks: ModuleMasks, # the modules of one network
-    rows: Iterable[Mapping[str, Any]], # from `modnb.moda.reuse.evaluate_subtasks`; sub-tasks without a row say so
+    rows: Iterable[Mapping[str, Any]], # from `modnb.walk.evaluate_subtasks`; sub-tasks without a row say so
     weights: int, # parameters of the whole network
     flops: int, # multiply-adds of the whole network for one image, from `count_flops`
     pictures: Sequence[Tensor] | None = None, # an image [3, H, W], uint8, for each class; None: names alone
