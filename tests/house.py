@@ -65,11 +65,12 @@ def house(root: Path = ROOT) -> dict[str, str]:
     package = [path.read_text(encoding="utf-8") for path in (root / "modnb").rglob("*.py") if path.stem != "_modidx"]
     tests = [path.read_text(encoding="utf-8") for path in (root / "tests").glob("*.py")]
     raised = sum(isinstance(node, ast.Raise) for text in package for node in ast.walk(ast.parse(text)))
-    written = sum(map(length, package))
+    written, cut = sum(map(length, package)), quantiles(lines, n=20)[-1]
+    shown = ", ".join(f"{silence[name][0]} in {silence[name][1]} cells ({name})" for name in worst)
     return {
         "exported cells": f"{len(lines)}",
-        "their lines, median / 95 % / most": f"{median(lines):.0f} / {quantiles(lines, n=20)[-1]:.0f} / {max(lines)}",
-        "exports with nothing shown between": ", ".join(f"{silence[n][0]} in {silence[n][1]} cells ({n})" for n in worst),
+        "their lines, median / 95 % / most": f"{median(lines):.0f} / {cut:.0f} / {max(lines)}",
+        "exports with nothing shown between": shown,
         "prose : code cells of sources": f"{prose / code:.2f}",
         "raise per 1,000 lines of the package": f"{1000 * raised / written:.0f}",
         "lines of the package": f"{written:,}",
