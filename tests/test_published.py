@@ -72,6 +72,9 @@ def test_a_built_package_has_the_tables(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     built = tmp_path / "build/lib/modnb/lab/published_tables"
     assert sorted(path.stem for path in built.glob("*.csv")) == sorted(TABLES)
+    for folder in ("facts", "page"):
+        there = sorted(path.name for path in (ROOT / "modnb/lab" / folder).iterdir())
+        assert there and sorted(path.name for path in (built.parent / folder).iterdir()) == there
     code = (f"import sys; sys.path.insert(0, {str(built.parents[1])!r}); "
             "from importlib.resources import files; import modnb; "
             "print(modnb.__file__, len(list((files('modnb.lab') / 'published_tables').iterdir())))")
