@@ -18,10 +18,10 @@ import torch
 from torch import nn
 
 from .data import class_indices
+from .devices import evaluating, home_of
 from .extract import Anatomy
 from .files import UnreadableFile, atomic_path, load_tensors, save_tensors
 from .masks import ModuleMasks
-from .training import evaluating, home_of
 
 # %% ../nbs/15_compose.ipynb #e66d87b9
 class Composer:

@@ -21,19 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from .training import home_of
+from .devices import home_of
 from modnb.units import (
-    ACTIVATION_LAYERS,
-    ACTIVATION_NAMES,
-    CONV_LAYERS,
-    NORM_LAYERS,
-    find_sites,
-    function_name,
-    layer_of,
-    permutation,
-    trace,
-    unit_axis,
-    works_in_place,
+    ACTIVATION_LAYERS, ACTIVATION_NAMES, CONV_LAYERS, NORM_LAYERS, find_sites, function_name, layer_of, permutation,
+    trace, unit_axis, works_in_place,
 )
 
 # %% ../nbs/12_extract.ipynb #d9c44bef

@@ -17,11 +17,11 @@ from collections.abc import Iterable, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from .data import choose, class_indices
+from .checks import choose
+from .data import class_indices
+from .devices import evaluating, full_precision, home_of
 from .extract import Anatomy, KeptWeights
 from .masks import ModuleMasks
-from .similarity import full_precision
-from .training import evaluating, home_of
 from .units import unit_sites
 
 # %% ../nbs/14_metrics.ipynb #a3d287ef

@@ -4,12 +4,10 @@
 
 # %% auto #0
 __all__ = ['SHORTEST', 'AVERAGES', 'layer_indicator', 'directions_of', 'PairWeights', 'inverse', 'pair_weights', 'check_rows',
-           'one_hot', 'full_precision', 'join_rows', 'add_up', 'first_of_class', 'layer_cosines', 'mean_cosines',
-           'cosine_losses']
+           'join_rows', 'add_up', 'first_of_class', 'layer_cosines', 'mean_cosines', 'cosine_losses']
 
 # %% ../nbs/13_similarity.ipynb #54dc424d
 from collections.abc import Sequence
-from contextlib import nullcontext
 from functools import lru_cache
 from math import inf
 from typing import NamedTuple
@@ -20,6 +18,9 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.distributed import ProcessGroup
 from torch.nn.functional import threshold
+
+from .checks import choose
+from .devices import full_precision, one_hot
 
 # %% ../nbs/13_similarity.ipynb #d139261a
 def _blocks(widths: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -87,7 +88,7 @@ def check_rows(
     num_classes: int | None, # at least 1, or None
 ) -> None:
     "Raise ValueError for rows, labels or options that do not fit."
-    if average not in AVERAGES: raise ValueError(f"no average {average!r}. There is: {', '.join(AVERAGES)}")
+    choose(average, AVERAGES, "average")
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes must be at least 1, not {num_classes!r}")
     if labels.ndim != 1 or labels.dtype.is_floating_point or labels.dtype.is_complex:
@@ -97,23 +98,6 @@ def check_rows(
         if row.ndim != 2 or row.dtype.is_complex or row.shape[0] != len(labels) or not row.shape[1]:
             raise ValueError(f"rows[{number}] must be real numbers [{len(labels)}, units], one row for each label, not "
                              f"{row.dtype} {list(row.shape)}; average feature maps over space first")
-
-# %% ../nbs/13_similarity.ipynb #489d105c
-def one_hot(
-    labels: Tensor, # [B], integer
-    num_classes: int, # C
-    dtype: torch.dtype = torch.float32,
-) -> Tensor: # [B, C], 1 or 0; a label outside 0..C-1 gives a row of zeros
-    "Spread labels over columns without looking at their values on the host."
-    return (labels[:, None] == torch.arange(num_classes, device=labels.device)).to(dtype)
-
-# %% ../nbs/13_similarity.ipynb #70070541
-def full_precision(
-    device: torch.device,
-) -> torch.autocast | nullcontext: # a context manager
-    "Switch autocast off, where the device knows it."
-    if not torch.amp.is_autocast_available(device.type): return nullcontext()
-    return torch.autocast(device.type, enabled=False)
 
 # %% ../nbs/13_similarity.ipynb #6f776f57
 def join_rows(

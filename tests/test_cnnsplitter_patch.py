@@ -24,15 +24,7 @@ from modnb.cnnsplitter.weak import (
     weak_models,
     weak_settings,
 )
-from modnb.compose import (
-    Composer,
-    ParallelModules,
-    compose,
-    compose_parallel,
-    copy_module,
-    load_module,
-    save_module,
-)
+from modnb.compose import Composer, ParallelModules, compose, compose_parallel, copy_module, load_module, save_module
 from modnb.data import ImageData, MissingDataset, Split, load_dataset, normalise
 from modnb.extract import masked
 from modnb.files import UnreadableFile
@@ -41,7 +33,9 @@ from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops, other_accuracy, precision_recall
 from modnb.models import create_model
-from modnb.training import Settings, fit, predict
+from modnb.prediction import predict
+from modnb.settings import Settings
+from modnb.training import fit
 from modnb.units import unit_sites
 
 EXPERIMENT = Path(__file__).parents[1] / "nbs/experiments/cnnsplitter_patch.ipynb"

@@ -29,7 +29,7 @@ from modnb.moda.reuse import (
     subtask_indices,
 )
 from modnb.models import create_model
-from modnb.training import evaluate, predict
+from modnb.prediction import evaluate, predict
 from modnb.units import unit_sites
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]

@@ -38,14 +38,7 @@ from modnb.mwt.losses import (
     mask_health,
     published_weights,
 )
-from modnb.mwt.modularize import (
-    Recording,
-    batch_modularity,
-    mask_statistics,
-    measure,
-    modularize,
-    sample_masks,
-)
+from modnb.mwt.modularize import Recording, batch_modularity, mask_statistics, measure, modularize, sample_masks
 from modnb.mwt.reuse import (
     Reuser,
     compare_reuse,
@@ -56,8 +49,10 @@ from modnb.mwt.reuse import (
     random_subtasks,
     renormalise,
 )
+from modnb.objectives import CrossEntropy
+from modnb.prediction import evaluate
 from modnb.similarity import AVERAGES
-from modnb.training import CrossEntropy, evaluate, fit
+from modnb.training import fit
 from modnb.units import unit_sites
 
 ARCHITECTURES = {"vgg12": ({}, 16), "resnet18": ({}, 32), "simcnn": ({"batch_norm": True}, 32),

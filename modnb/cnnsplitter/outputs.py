@@ -14,11 +14,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from ..data import Split, batches, choose
+from ..checks import check_number, choose
+from ..data import Split, batches
+from ..devices import full_precision, home_of
 from ..extract import Anatomy, Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
 from ..masks import ModuleMasks
-from ..similarity import full_precision
-from ..training import check_images, check_number, home_of
+from ..prediction import check_images
 from ..units import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS, find_sites, function_name, layer_of, trace_graph
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #759b7207

@@ -13,10 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ..checks import check_number, choose
 from ..compose import below, copy_module, load_state, pack_module, registered, unpack_module
-from ..data import Split, choose
+from ..data import Split
 from ..files import load_tensors, save_tensors
-from ..training import predict
+from ..prediction import predict
 
 # %% ../../nbs/cnnsplitter/05_patch.ipynb #e866a6f8
 RANGES = ("minmax", "quantile", "deviation")
@@ -29,8 +30,8 @@ def logit_range(
 ) -> tuple[float, float]: # low, high
     "Find the range of a module's logits; ValueError for a range of width zero and bad arguments (CNNSplitter Sec. 4)."
     choose(by, RANGES, "kind of range")
-    if not 0 <= tail < 0.5: raise ValueError(f"tail must be at least 0 and below 0.5, not {tail!r}")
-    if not deviations > 0: raise ValueError(f"deviations must be above 0, not {deviations!r}")
+    check_number("tail", tail, 0, 0.5, below=True)
+    check_number("deviations", deviations, 0, above=True)
     if logits.ndim != 1 or not len(logits): raise ValueError(f"logits must be [N] with N > 0, not {list(logits.shape)}")
     logits = logits.double().cpu()
     if by == "minmax": ends = torch.stack([logits.min(), logits.max()])

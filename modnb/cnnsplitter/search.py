@@ -21,13 +21,15 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoints import fingerprint
+from ..checks import check_number, choose
 from .importance import Grouping
 from .outputs import ModuleRunner
 from .tournament import THRESHOLDS, jaccard_distances, tournament
-from ..data import Split, choose, images_per_class
+from ..data import Split, images_per_class
 from ..files import load_tensors, save_tensors
 from ..masks import ModuleMasks
-from ..training import check_number, fingerprint, wants_progress
+from ..progress import wants_progress
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #0439f201
 @dataclass(frozen=True)

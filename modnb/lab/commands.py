@@ -115,7 +115,7 @@ def step_error(
     died = "DeadKernelError" in said or "Kernel died" in said
     return error or (said.splitlines()[0] if died else "")
 
-
+# %% ../../nbs/lab/08_commands.ipynb #731b0b04
 def step_state(
     cell: Cell,
     stage: str, # "train", or the name of a stage
@@ -258,7 +258,7 @@ def plan_line(
     return [name, *map(str, (len(cells), len(networks), len(left), len(done) - len(networks), todo)),
             hours_text(left, whole, epochs, kind), scaled_text(whole, epochs, kind)]
 
-
+# %% ../../nbs/lab/08_commands.ipynb #5566d5eb
 def plan_table(
     studies: Mapping[str, Sequence[Cell]], # study -> its cells
     runs: str | Path, # the folder of all runs

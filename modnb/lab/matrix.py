@@ -16,7 +16,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .running import check_names, check_types, config_hash, did_you_mean, notebook_parameters
+from ..checks import did_you_mean
+from .running import check_names, check_types, config_hash, notebook_parameters
 
 # %% ../../nbs/lab/01_matrix.ipynb #265ae02a
 STUDY_KEYS = {"about": "", "fills": [], "vary": {}, "skip": [], "train": {}, "adjust": [], "stages": {},

@@ -21,8 +21,8 @@ from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
+from ..checks import choose
 from .results import FIELDS, METRICS, count_classes, facts, number_text
-from .running import did_you_mean
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
 Frame = Any # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
@@ -53,9 +53,7 @@ def table_text(
     name: str, # one of `TABLES`
 ) -> str: # CSV
     "Open the file of a published table; `ValueError` naming the nearest tables for an unknown one."
-    if name not in TABLES:
-        raise ValueError(f"there is no published table {name!r}.{did_you_mean(name, TABLES)} "
-                         f"There is: {', '.join(TABLES)}.")
+    choose(name, TABLES, "published table")
     return (files("modnb.lab") / "published_tables" / f"{name}.csv").read_text(encoding="utf-8")
 
 # %% ../../nbs/lab/06_published.ipynb #243221ec
@@ -428,7 +426,7 @@ def belongs_elsewhere(
     return any(row[column] != number[column] and row[column] in set(published[column])
                for column in ("model", "dataset"))
 
-
+# %% ../../nbs/lab/06_published.ipynb #6bfb630e
 def lines_for(
     number: Mapping[str, Any], # a line of `published`
     published: Frame, # from `read_published`
@@ -484,7 +482,7 @@ def notes_for(
     apart = f"NOT THE SAME EXPERIMENT: {line['differs']}" if line["differs"] else ""
     return "; ".join(filter(None, [mark, apart, line["caveat"]]))
 
-
+# %% ../../nbs/lab/06_published.ipynb #1995cec0
 def line_text(
     line: Mapping[str, Any], # of `beside`; "inside" is None where nothing was compared
 ) -> dict[str, str]: # columns of `beside_text`
@@ -500,7 +498,7 @@ def line_text(
         "within": "" if line["inside"] is None else f"{'inside' if line['inside'] else 'outside'} ±{limit}",
         "notes": notes_for(line)}
 
-
+# %% ../../nbs/lab/06_published.ipynb #23ad11fa
 def beside_text(
     frame: Frame, # from `beside`
     run_only: bool = False, # leave out lines without a number of ours

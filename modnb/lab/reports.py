@@ -70,7 +70,7 @@ def settings_apart(
         apart[system] = [name for name in sorted(names) if len(values(name)) > 1]
     return apart
 
-
+# %% ../../nbs/lab/07_reports.ipynb #9ec05df0
 def label_systems(
     rows: Frame, # of one study
 ) -> Frame: # with the column `label`, e.g. "mwt", "mwt, lr 0.1"
@@ -165,7 +165,7 @@ def sizes_table(
     return summarise(shown[shown["size"].isin(sizes)], by=["label", "metric", "size"],
                      may_differ=("sizes", "subtasks_per_size"))
 
-
+# %% ../../nbs/lab/07_reports.ipynb #f8d3cc53
 def sizes_figure(
     rows: Frame, # of one study
 ) -> Any: # a figure; None for fewer than two sizes
@@ -244,7 +244,7 @@ def table_part(
         before, after = f"<details>\n<summary>{html.escape(summary)}</summary>\n\n", "\n\n</details>"
     return before + markdown_table(frame) + after, before + table_html(frame) + after
 
-
+# %% ../../nbs/lab/07_reports.ipynb #e4617c4c
 def figure_part(
     caption: str,
     figure: Any, # of matplotlib
@@ -274,7 +274,7 @@ def write_parts(
         else: raise ValueError(f"a report has headings, texts, tables and figures, not {kind!r}")
     return written
 
-
+# %% ../../nbs/lab/07_reports.ipynb #57914afe
 def write_report(
     folder: str | Path, # is made
     title: str,

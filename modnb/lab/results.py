@@ -25,8 +25,9 @@ import torch
 import yaml
 
 import modnb
+from ..checks import did_you_mean
 from ..files import atomic_path
-from .running import canonical, config_hash, did_you_mean
+from .running import canonical, config_hash
 
 # %% ../../nbs/lab/03_results.ipynb #77fbcb7e
 Frame = Any # stands for pandas.DataFrame in annotations: pandas is imported only where it is used

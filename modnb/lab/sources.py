@@ -10,13 +10,14 @@ __all__ = ['PLACES', 'PLACE', 'TAG', 'SOURCE', 'NAMED', 'read_numbers', 'read_ta
 import ast
 import re
 from collections.abc import Iterable
-from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
 
 import yaml
+
+from ..checks import nearest
 
 # %% ../../nbs/lab/10_sources.ipynb #cell-008
 PLACES = yaml.safe_load( # paper -> place -> what is there
@@ -100,7 +101,7 @@ def arguments_of(
     last = [a for a in (given.vararg, given.kwarg) if a]
     return tuple(a.arg for a in [*given.posonlyargs, *given.args, *given.kwonlyargs, *last])
 
-
+# %% ../../nbs/lab/10_sources.ipynb #6e49efe0
 def define(
     module: str, # without `modnb.`
     page: str, # file in `nbs/`
@@ -182,8 +183,7 @@ def find_definition(
     "Look up an exported name; `ValueError` with the nearest ones if it does not exist."
     known = {found.path: found for found in definitions(folder)}
     if path in known: return known[path]
-    near = get_close_matches(path, known, n=3)
-    raise ValueError(f"the library does not export {path!r}; near it: {', '.join(near) or 'nothing'}")
+    raise ValueError(f"the library does not export {path!r}; near it: {', '.join(nearest(path, known)) or 'nothing'}")
 
 # %% ../../nbs/lab/10_sources.ipynb #dbeab8bf
 def link_names(

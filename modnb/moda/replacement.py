@@ -16,14 +16,17 @@ import torch
 from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
+from ..checkpoints import History
+from ..checks import check_number, choose
 from ..compose import Composer
-from ..data import ImageData, Split, choose, class_indices, images_per_class
+from ..data import ImageData, Split, class_indices, images_per_class
+from ..devices import default_precision, home_of
 from ..masks import ModuleMasks
 from .losses import MODA
-from modnb.training import (
-    Objective, Settings, TrainingDiverged, check_inputs, check_number, cosine, default_precision, find_not_finite,
-    home_of, make_optimizer, predict, run_epochs,
-)
+from ..objectives import Objective
+from ..prediction import predict
+from ..settings import Settings, cosine
+from ..training import check_inputs, in_training, run_epochs
 
 # %% ../../nbs/moda/03_replacement.ipynb #e742226d
 def weak_classes(
@@ -64,17 +67,14 @@ def train_weak(
     for stage in stages:
         if not 1 <= stage <= epochs: raise ValueError(f"a stage must lie between epoch 1 and {epochs}, not {stage}")
     objective, device = MODA() if objective is None else objective, home_of(model, data.train.device)
-    settings = Settings(epochs, batch_size, lr, 0.9, True, 0.0, "cosine", "epoch", False, seed,
-                        default_precision(device), False, False, 0, None)
+    settings = Settings(epochs=epochs, batch_size=batch_size, lr=lr, augment=False, seed=seed, evaluate_every=0,
+                        precision=default_precision(device))
     check_inputs(data, objective, settings)
-    kept = {}
-    try:
-        optimizer = make_optimizer(model, settings)
-        for row in run_epochs(model, data.to(device), objective, optimizer, settings, progress=progress):
-            if broken := find_not_finite(row, model): raise TrainingDiverged(row["epoch"], broken, None)
+    kept, data = {}, data.to(device)
+    with in_training(model, settings) as optimizer:
+        for row in run_epochs(model, data, objective, optimizer, settings, History(), progress):
             if row["epoch"] in stages: kept[row["epoch"]] = copy.deepcopy(model).eval()
             if row["epoch"] == max(stages): break
-    finally: model.eval()
     return kept
 
 # %% ../../nbs/moda/03_replacement.ipynb #3c225481

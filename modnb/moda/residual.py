@@ -14,10 +14,11 @@ from torch import Tensor, fx, nn
 
 from ..compose import Composer
 from ..data import Split, batches, class_indices, images_per_class
+from ..devices import evaluating, full_precision, home_of, one_hot
 from ..extract import SUM_NAMES
 from ..masks import ModuleMasks, threshold_masks
-from ..similarity import full_precision, inverse, one_hot
-from ..training import evaluate, evaluating, home_of, predict
+from ..prediction import evaluate, predict
+from ..similarity import inverse
 from ..units import find_sites, function_name, kind_of_sites, mixes, trace, unit_axis, unit_sites
 
 # %% ../../nbs/moda/04_residual.ipynb #9dc67e68

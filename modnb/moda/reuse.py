@@ -23,14 +23,16 @@ import torch
 from torch import Tensor, fx, nn
 from tqdm import tqdm
 
-from ..data import Split, batches, choose, class_indices
+from ..checkpoints import fingerprint
+from ..checks import choose
+from ..data import Split, batches, class_indices
+from ..devices import PRECISIONS, default_precision, evaluating, home_of
 from ..extract import Anatomy, Builder, Channelwise, Dense, EmptyModule, Live, Rule, rule_of, spread
 from ..files import UnreadableFile, load_tensors, save_tensors, write_text
 from ..masks import ModuleMasks
 from ..metrics import count_flops
-from modnb.training import (
-    PRECISIONS, check_images, default_precision, evaluating, fingerprint, home_of, predict, wants_progress,
-)
+from ..prediction import check_images, predict
+from ..progress import wants_progress
 from ..units import CONV_LAYERS, NORM_LAYERS, output_nodes, works_in_place
 
 # %% ../../nbs/moda/02_reuse.ipynb #a2232b2a

@@ -16,16 +16,19 @@ from dataclasses import replace
 import torch
 from torch import Generator, Tensor, nn
 
-from ..data import ImageData, Split, batches, choose, class_indices
+from ..checkpoints import History
+from ..checks import choose
+from ..data import ImageData, Split, batches, class_indices
+from ..devices import default_precision, evaluating, home_of
 from ..extract import Anatomy
 from ..masks import ModuleMasks
 from ..metrics import kernel_retention
 from .generators import remove_mask_generators, require_generators
 from .modularize import check_masks, mask_statistics
-from modnb.training import (
-    CrossEntropy, History, Settings, TrainingDiverged, check_inputs, default_precision, evaluate, evaluating,
-    find_not_finite, home_of, make_optimizer, run_epochs,
-)
+from ..objectives import CrossEntropy
+from ..prediction import evaluate
+from ..settings import Settings
+from ..training import check_inputs, in_training, run_epochs
 from ..units import NORM_LAYERS
 
 # %% ../../nbs/mwt/03_reuse.ipynb #74f57c66
@@ -208,17 +211,13 @@ def tune(
     check_inputs(data, CrossEntropy(), settings)
     history, best, kept = History(), -1.0, None
     data = data.to(home_of(model, data.train.device))
-    try:
-        optimizer = make_optimizer(model, settings)
-        for row in run_epochs(model, data, CrossEntropy(), optimizer, settings, progress=progress):
-            if broken := find_not_finite(row, model): raise TrainingDiverged(row["epoch"], broken, history)
-            history.rows.append(row)
+    with in_training(model, settings) as optimizer:
+        for row in run_epochs(model, data, CrossEntropy(), optimizer, settings, history, progress):
             if row.get("valid_accuracy", 0.0) >= best:
                 best, kept = row.get("valid_accuracy", 0.0), (row["epoch"], copy.deepcopy(model.state_dict()))
             if row["epoch"] == epochs: break
         if kept: model.load_state_dict(kept[1])
         for row in history.rows: row["selected"] = row["epoch"] == kept[0]
-    finally: model.eval()
     return history
 
 # %% ../../nbs/mwt/03_reuse.ipynb #b781f311
@@ -234,9 +233,8 @@ def fine_tune(
 ) -> History: # one row an epoch
     "Fine-tune a module, choosing the epoch by validation images; raises `ValueError` (MwT Sec. 3.4)."
     precision = default_precision(home_of(model, data.train.device))
-    settings = Settings(epochs=epochs, batch_size=batch_size, lr=lr, momentum=0.9, nesterov=True, weight_decay=0.0,
-                        schedule="cosine", schedule_step="batch", augment=augment, seed=seed, precision=precision,
-                        channels_last=False, drop_last=False, evaluate_every=1, max_norm=None)
+    settings = Settings(epochs=epochs, batch_size=batch_size, lr=lr, schedule_step="batch", augment=augment, seed=seed,
+                        precision=precision)
     return tune(model, data, settings, epochs, progress)
 
 # %% ../../nbs/mwt/03_reuse.ipynb #e885801a
@@ -251,9 +249,7 @@ def fine_tune_selected_on_test(
 ) -> History: # one row an epoch; "valid_accuracy" is that on the test images
     "Fine-tune with the epoch chosen by test images: for comparison with published numbers alone (MwT's program)."
     precision = default_precision(home_of(model, data.train.device))
-    settings = Settings(epochs=2 * epochs, batch_size=batch_size, lr=lr, momentum=0.9, nesterov=True,
-                        weight_decay=0.0, schedule="cosine", schedule_step="epoch", augment=True, seed=seed,
-                        precision=precision, channels_last=False, drop_last=False, evaluate_every=1, max_norm=None)
+    settings = Settings(epochs=2 * epochs, batch_size=batch_size, lr=lr, seed=seed, precision=precision)
     return tune(model, replace(data, valid=data.test), settings, epochs, progress)
 
 # %% ../../nbs/mwt/03_reuse.ipynb #734dc0fb

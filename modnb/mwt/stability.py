@@ -9,10 +9,10 @@ __all__ = ['Damp', 'damp_masks', 'SteadyMwT']
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import check_number
 from ..maps import scale_maps
 from .generators import PREFIX, require_generators
 from .losses import MwT
-from ..training import check_share
 from ..units import opaque
 
 # %% ../../nbs/mwt/04_stability.ipynb #a593c2d8
@@ -69,7 +69,7 @@ class SteadyMwT(MwT):
         label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1; 0: as published
     ):
         super().__init__(w_cohesion, w_coupling, average, watch, label_smoothing, warmup)
-        self.mask_slope = check_share("mask_slope", mask_slope)
+        self.mask_slope = check_number("mask_slope", mask_slope, 0, 1)
 
     def prepare(
         self,
