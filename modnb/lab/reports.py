@@ -163,22 +163,14 @@ def sweep_figure(
     rows: Frame, # of one study
 ) -> Any: # a figure; None where no threshold was varied
     "Draw what the threshold does (MwT Sec. 4.2, MODA Fig. 4)."
-    from matplotlib import pyplot
-
     from modnb.lab.figures import threshold_figure
 
     names = {"masked_retention": "units kept", "coupling": "coupling", "composed_accuracy": "composed accuracy"}
     swept = swept_rows(rows[rows["metric"].isin(names) & (rows["split"] != "valid")])
     if not len(swept): return None
-    table = summarise(label_systems(swept), by=["label", "keep_threshold", "metric"])
-    table = table.rename(columns={"keep_threshold": "threshold"})
-    labels = list(dict.fromkeys(table["label"]))[:6]
-    figure, axes = pyplot.subplots(1, len(labels), figsize=(4.5 * len(labels), 3), dpi=80, squeeze=False)
-    for label, ax in zip(labels, axes[0], strict=True):
-        part = table[table["label"] == label]
-        threshold_figure(part, {name: text for name, text in names.items() if name in set(part["metric"])}, ax)
-        ax.set(title=label)
-    return figure
+    shown = label_systems(swept)
+    shown = shown[shown["label"].isin(list(dict.fromkeys(shown["label"]))[:9])]
+    return threshold_figure(shown, {n: text for n, text in names.items() if n in set(shown["metric"])}, by="label")
 
 # %% ../../nbs/lab/07_reports.ipynb #0bb3224d
 STYLE = """body{font:15px/1.5 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em}
