@@ -187,6 +187,7 @@ def size_accuracy_figure(
     rows: Frame, # from `read_rows`, of one threshold
     ax: Axes | None = None, # where to draw; None: a new figure
     metric: str = "composed_accuracy", # or another accuracy of composed networks
+    may_differ: Sequence[str] | None = ("sizes", "subtasks_per_size"), # settings that runs of a system may differ in
 ) -> Axes:
     "Draw what composed networks save and cost; `ValueError` for a mixture of settings, or without sub-tasks."
     import seaborn
@@ -194,7 +195,7 @@ def size_accuracy_figure(
     from matplotlib.lines import Line2D
 
     points, kinds = size_points(rows, metric), ["system", "model", "size"]
-    means = run_means(points, [*kinds, "metric"], may_differ=("sizes", "subtasks_per_size"))
+    means = run_means(points, [*kinds, "metric"], may_differ=may_differ)
     means = means.merge(points.groupby([*kinds, "run"])["share"].mean().reset_index())
     colours = colours_of(points["system"])
     markers = {model: MARKERS.get(model, "o") for model in points["model"]}
@@ -300,26 +301,29 @@ TERMS = { # column of a history -> label of its axis
 }
 
 def convergence_figure(
-    histories: Mapping[str, Sequence[Mapping[str, Any]]], # label -> rows of a history, one for each epoch
+    histories: Mapping[str, Sequence[Mapping[str, Any]]], # label -> rows of a history, of one run or of several
     terms: Iterable[str] | None = None, # columns, one panel each; None: those of `TERMS` that some history has
-    colours: Mapping[str, Any] | None = None, # label -> colour; lines of one colour are runs of one kind
+    colours: Mapping[str, Any] | None = None, # label -> colour; None: those of systems, and others
 ) -> Figure:
-    "Draw terms over epochs, a line for each run; `ValueError` for columns that no history has (MwT Fig. 5-6)."
+    "Draw terms over epochs, a line for each label; `ValueError` for columns that no history has (MwT Fig. 5-6)."
+    import pandas
+    import seaborn
     from matplotlib import pyplot
 
-    known = {name for rows in histories.values() for row in rows for name in row}
-    terms = [name for name in TERMS if name in known] if terms is None else list(terms)
-    if missing := [name for name in terms if name not in known]:
-        raise ValueError(f"no history has {', '.join(missing)}; there is {', '.join(sorted(known))}")
-    figure, axes = pyplot.subplots(1, len(terms), figsize=(2.6 * len(terms), 2.4), dpi=80, squeeze=False)
+    table = pandas.DataFrame([{"label": label, **row} for label, rows in histories.items() for row in rows])
+    terms = [name for name in TERMS if name in table] if terms is None else list(terms)
+    if missing := [name for name in terms if name not in table]:
+        known = sorted(set(table.columns) - {"label"})
+        raise ValueError(f"no history has {', '.join(missing)}; there is {', '.join(known)}")
+    colours = colours_of(histories) | dict(colours or {})
+    figure, axes = pyplot.subplots(1, len(terms), figsize=(2.6 * len(terms), 2.6), dpi=80, squeeze=False,
+                                   layout="constrained")
     for ax, name in zip(axes[0], terms, strict=True):
-        for label, rows in histories.items():
-            points = [(row["epoch"], row[name]) for row in rows if row.get(name) is not None]
-            if points: ax.plot(*zip(*points, strict=True), label=label, linewidth=1, color=(colours or {}).get(label))
+        seaborn.lineplot(table.dropna(subset=[name]), x="epoch", y=name, hue="label", hue_order=list(histories),
+                         palette=colours, errorbar=("pi", 100), linewidth=1.2, legend=False, ax=ax)
         ax.set(xlabel="epoch", ylabel=TERMS.get(name, name))
-    lines, names = axes[0][0].get_legend_handles_labels()
-    figure.legend(lines, names, loc="outside upper center", ncols=min(6, len(names)), fontsize=7)
-    figure.tight_layout(rect=(0, 0, 1, 1 - 0.07 * -(-len(names) // 6) - 0.02))
+    handles = [pyplot.Line2D([], [], color=colours[label], label=label) for label in histories]
+    figure.legend(handles=handles, loc="outside upper center", ncols=min(6, len(handles)), fontsize=8, frameon=False)
     return figure
 
 # %% ../../nbs/lab/04_figures.ipynb #10876fba

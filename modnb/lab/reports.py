@@ -259,11 +259,16 @@ img{max-width:100%}code{background:#eee}"""
 
 def picture(
     figure: Any, # of matplotlib
+    colours: int = 0, # at most so many, for a page with many figures: a third of the bytes; 0: all
 ) -> bytes: # PNG, the same for the same figure
     "Draw a figure into memory."
-    with BytesIO() as file:
+    with BytesIO() as file, BytesIO() as small:
         figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
-        return file.getvalue()
+        if not colours: return file.getvalue()
+        from PIL import Image
+
+        Image.open(file).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        return small.getvalue()
 
 
 def table_html(
