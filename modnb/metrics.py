@@ -6,7 +6,7 @@
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
            'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'count_weights',
            'modules_weights', 'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap',
-           'count_flops', 'latency', 'costs']
+           'layer_retention', 'count_flops', 'latency', 'costs']
 
 # %% ../nbs/15_metrics.ipynb #9be80b3c
 import copy
@@ -260,6 +260,20 @@ def layer_overlap(
     names = [name for name in sizes if name in kept and name.endswith("weight") and model.get_parameter(name).dim() > 1]
     return {name.removesuffix("weight").removesuffix("."):
             mean_overlap(shared_entries([weights.get(name) for weights in modules])) / sizes[name] for name in names}
+
+# %% ../nbs/15_metrics.ipynb #6d3543ce
+def layer_retention(
+    model: nn.Module,
+    masks: ModuleMasks,
+    example: Tensor, # [B, C, H, W], only its shape matters
+) -> dict[str, list[float]]: # layer -> [C], fraction of its kernels or neurons that a class keeps
+    "Measure the share of each layer's units that single modules keep (MwT Sec. 4.1, MODA Sec. 5.2)."
+    modules = modules_weights(model, masks, example)
+    kept = lambda name: [weights[name].rows if name in weights else torch.zeros(1) for weights in modules]
+    layers = {name: kept(name) for name, p in model.named_parameters() if name.endswith("weight") and p.dim() > 1}
+    outputs = lambda rows: all(row.nonzero().flatten().tolist() == [c] for c, row in enumerate(rows))
+    return {name.removesuffix("weight").removesuffix("."): [row.double().mean().item() for row in rows]
+            for name, rows in layers.items() if not outputs(rows)}
 
 # %% ../nbs/15_metrics.ipynb #b331e4e2
 def count_flops(
