@@ -59,7 +59,7 @@ def loss_and_gradients(name, group=None):
 
 def train(name, group=None, **options):
     model = make(name).float()
-    options = dict(epochs=3, batch_size=8, lr=0.05, device="cpu", evaluate_every=0) | options
+    options = dict(epochs=3, batch_size=8, lr=0.05, device="cpu", evaluate_every=0, precision="float32") | options
     history = fit(model, images(), OBJECTIVES[name](), process_group=group, **options)
     return {"rows": [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows],
             "state": model.state_dict()}

@@ -162,7 +162,7 @@ def test_imports_name_the_module_that_defines():
         for node in ast.walk(ast.parse(path.read_text())):
             if not isinstance(node, ast.ImportFrom): continue
             base = path.relative_to(ROOT).parts[:-1]
-            full = ".".join([*base[:len(base) - node.level + 1], node.module or ""]) if node.level else node.module or ""
+            full = ".".join([*base[:len(base) - node.level + 1], node.module or ""]) if node.level else str(node.module)
             names = defined.get(full.removeprefix("modnb."))
             for alias in node.names if names else []:
                 assert alias.name in names or alias.name.startswith("_"), f"{path.name}: {alias.name} is not {full}'s"

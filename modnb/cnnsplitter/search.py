@@ -4,11 +4,10 @@
 
 # %% auto #0
 __all__ = ['RELEASED', 'PAPER', 'DEMO', 'Rules', 'initial_population', 'draw_groups', 'by_fitness', 'crossover', 'redraw',
-           'breed', 'bit_strings', 'evaluate_population', 'SearchResult', 'judge', 'digest', 'describe_search', 'State',
+           'breed', 'bit_strings', 'evaluate_population', 'SearchResult', 'judge', 'describe_search', 'State',
            'write_state', 'read_state', 'search', 'exhausted', 'next_generation', 'check_search']
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #eef821c7
-import hashlib
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -27,7 +26,7 @@ from .importance import Grouping
 from .outputs import ModuleRunner
 from .tournament import THRESHOLDS, jaccard_distances, tournament
 from ..data import Split, images_per_class
-from ..files import load_tensors, save_tensors
+from ..files import digest, load_tensors, refuse_other_run, save_tensors
 from ..masks import ModuleMasks
 from ..progress import wants_progress
 
@@ -232,14 +231,6 @@ def judge(
     return tuple(torch.stack([right, pairs, members.double().mean()]).tolist())
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #18dead50
-def digest(
-    tensors: Iterable[Tensor],
-) -> str: # 16 hexadecimal digits
-    "Tell tensors apart."
-    found = hashlib.sha256()
-    for tensor in tensors: found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
 def describe_search(
     model: nn.Module, # on its device
     split: Split,
@@ -286,11 +277,7 @@ def read_state(
     "Find the state of this search; ValueError naming what differs in that of another one."
     if path is None or not Path(path).exists(): return None
     tensors, header = load_tensors(path, "search")
-    unlike = [name for name in {**about, **header["about"]} if about.get(name) != header["about"].get(name)]
-    if unlike:
-        changes = "; ".join(f"{name} was {header['about'].get(name)!r} and is {about.get(name)!r}" for name in unlike)
-        raise ValueError(f"checkpoint {path} belongs to another search: {changes}. "
-                         "Use that one's settings, or another file.")
+    refuse_other_run(f"checkpoint {path}", header["about"], about, "another search")
     generator.set_state(tensors.pop("generator"))
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return State(**moved, history=header["history"], generation=header["generation"])
