@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
-           'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'modules_weights',
-           'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap', 'count_flops', 'latency',
-           'count_weights', 'costs']
+           'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'count_weights',
+           'modules_weights', 'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap',
+           'count_flops', 'latency', 'costs']
 
 # %% ../nbs/14_metrics.ipynb #9be80b3c
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -104,7 +105,7 @@ def mean_pair_jaccard(
         indices = _jaccard(rows, masks[start:])
         square, rest = indices[:, :len(rows)].sum(), indices[:, len(rows):].sum()
         total += (square - len(rows)) / 2 + rest # the square has each pair twice, and each row with itself: 1
-    return (total / (count * (count - 1) / 2)).item()
+    return (total / math.comb(count, 2)).item()
 
 # %% ../nbs/14_metrics.ipynb #66665ef6
 def flat_masks(
@@ -191,6 +192,13 @@ def kernel_retention(
     return kept / (len(groups) * sum(sites[site][0] for site in counted))
 
 # %% ../nbs/14_metrics.ipynb #55005b20
+def count_weights(
+    model: nn.Module,
+) -> int: # parameters, shared ones once; the statistics of BatchNorm are none
+    "Count the weights of a network (all papers)."
+    return sum(parameter.numel() for parameter in model.parameters())
+
+# %% ../nbs/14_metrics.ipynb #741e3300
 def modules_weights(
     model: nn.Module,
     masks: ModuleMasks,
@@ -200,6 +208,7 @@ def modules_weights(
     anatomy = Anatomy(model, example)
     return [anatomy.kept_weights(masks.keep([c]), outputs=[c]) for c in range(len(masks.classes))]
 
+# %% ../nbs/14_metrics.ipynb #0ca325bb
 def shared_entries(
     kept: Sequence[KeptWeights | None], # the same parameter in `C` modules; None where a module has lost it
 ) -> Tensor: # [C, C], float64, entries that two modules share
@@ -222,8 +231,7 @@ def overlap(
     "Measure which share of the model's parameters pairs of modules have in common (MODA Sec. 4)."
     modules = modules_weights(model, masks, example)
     names = dict.fromkeys(name for weights in modules for name in weights)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    return sum(shared_entries([weights.get(name) for weights in modules]) for name in names) / total
+    return sum(shared_entries([weights.get(name) for weights in modules]) for name in names) / count_weights(model)
 
 def module_size(
     model: nn.Module,
@@ -231,15 +239,13 @@ def module_size(
     example: Tensor, # [B, C, H, W], only its shape matters
 ) -> Tensor: # [C], float64, fraction of the model's parameters
     "Measure which share of the model's parameters each single-class module holds (MODA Sec. 4)."
-    total = sum(parameter.numel() for parameter in model.parameters())
-    sizes = [sum(kept.count() for kept in weights.values()) for weights in modules_weights(model, masks, example)]
-    return torch.tensor(sizes, dtype=torch.float64) / total
+    return overlap(model, masks, example).diagonal()
 
 def mean_overlap(
     shared: Tensor, # [C, C], from `overlap`
 ) -> float: # fraction of the model's parameters
     "Average the overlap over pairs of different modules (MODA Table 3)."
-    return shared.triu(1).sum().item() / (len(shared) * (len(shared) - 1) / 2)
+    return shared.triu(1).sum().item() / math.comb(len(shared), 2)
 
 # %% ../nbs/14_metrics.ipynb #9ea478cb
 def layer_overlap(
@@ -298,12 +304,6 @@ def latency(
     return {"median_ms": times.quantile(0.5).item(), "p95_ms": times.quantile(0.95).item()}
 
 # %% ../nbs/14_metrics.ipynb #9a5e2262
-def count_weights(
-    model: nn.Module,
-) -> int: # parameters, shared ones once; the statistics of BatchNorm are none
-    "Count the weights of a network (all papers)."
-    return sum(parameter.numel() for parameter in model.parameters())
-
 def costs(
     models: Mapping[str, nn.Module], # by name; each keeps its mode
     example: Tensor, # [B, C, H, W], the batch to time
