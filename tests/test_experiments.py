@@ -12,9 +12,9 @@ import pytest
 from modnb.lab.matrix import check_cells, read_matrix, study_cells
 from modnb.lab.results import compare_systems, read_rows, read_study
 from modnb.lab.running import NotebookFailed, notebook_parameters, run_notebook
-from modnb.lab.samples import draw_subtasks
 from modnb.lab.trained import load_trained
 from modnb.masks import ModuleMasks
+from modnb.subtasks import draw_subtasks
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))
@@ -166,7 +166,8 @@ def test_agreement_benchmark_compares_the_loops(tmp_path):
     accuracy = rows[rows.metric == "accuracy"]
     assert len(accuracy) == 3 * 2 * 2 and accuracy.value.between(0.05, 1).all()
     apart = rows[rows.metric == "loss_apart"].set_index("system").value
-    assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="fast loop") < 1e-3).all()
+    assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="float32") < 1e-3).all()
+    assert (apart.filter(like="fast loop") < 0.03).all() # bfloat16 where the processor has it
 
 
 KNOBS = {
@@ -198,13 +199,22 @@ def test_a_network_without_the_option_says_so(tmp_path):
 
 
 def test_networks_of_kept_rows_begin_as_they_did():
-    "Rows of narrow networks from before there was a choice: their studies ask for the published draw"
+    "Kept rows that do not say how their head began are older than the choice: a study for them has the published draw"
+    checked, defaults = set(), notebook_parameters(TRAIN)
     for study in STUDIES:
         kept = EXPERIMENTS.parents[1] / f"results/{study}.csv"
-        if not kept.is_file(): continue
-        for cell in study_cells(STUDIES, study, notebook_parameters(TRAIN)):
-            if not cell.needs_network or cell.train.get("model") not in ("vgg16", "vgg16_4096", "mobilenet"): continue
-            assert cell.train["width"] >= 1 or cell.train.get("head_weights") == "published", cell.name
+        cells = [cell.train for cell in study_cells(STUDIES, study, defaults) if cell.needs_network]
+        narrow = [train for train in cells if train.get("model") in ("vgg16", "vgg16_4096", "mobilenet")
+                  and train["width"] < 1]
+        if not narrow or not kept.is_file(): continue
+        configs = [json.loads(text) for text in read_rows(kept).config.unique()]
+        for train in narrow:
+            its_own = [config for config in configs if all(config.get(name, value) == value
+                                                           for name, value in train.items() if name != "head_weights")]
+            older = [config for config in its_own if "head_weights" not in config]
+            if older: checked.add(study)
+            assert not older or train.get("head_weights") == "published", (study, train)
+    assert "mwt_mobilenet_digits" in checked
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):

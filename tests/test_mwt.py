@@ -42,14 +42,7 @@ from modnb.mwt.losses import (
     mask_health,
     published_weights,
 )
-from modnb.mwt.modularize import (
-    Recording,
-    batch_modularity,
-    mask_statistics,
-    measure,
-    modularize,
-    sample_masks,
-)
+from modnb.mwt.modularize import Recording, batch_modularity, mask_statistics, measure, modularize, sample_masks
 from modnb.mwt.reuse import (
     Reuser,
     compare_reuse,
@@ -57,11 +50,12 @@ from modnb.mwt.reuse import (
     fine_tune_selected_on_test,
     fold_masks,
     mean_masks,
-    random_subtasks,
     renormalise,
 )
+from modnb.objectives import CrossEntropy
+from modnb.prediction import evaluate
 from modnb.similarity import AVERAGES
-from modnb.training import CrossEntropy, evaluate, fit
+from modnb.training import fit
 from modnb.units import unit_sites
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
@@ -636,13 +630,3 @@ def test_bad_subtasks_and_masks(trained):
     wide = create_model("vgg12", width=0.25)
     with pytest.raises(ValueError, match="another model"):
         Reuser(add_mask_generators(wide, data.example()), masks, data.example())
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.integers(1, 20), st.integers(0, 9))
-def test_random_subtasks_are_different_and_repeat(size, number, seed):
-    known = list("abcdef")
-    drawn = random_subtasks(known, size, number, seed)
-    assert drawn == random_subtasks(known, size, number, seed)
-    assert len(drawn) == min(number, math.comb(6, size)) == len({tuple(classes) for classes in drawn})
-    assert all(classes == sorted(classes) and len(classes) == size for classes in drawn)

@@ -14,11 +14,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, fx, nn
 
-from ..data import Split, batches, choose, images_per_class
-from ..extract import Anatomy, Channelwise, Elementwise, Union
+from ..checks import check_number, choose
+from ..data import Split, batches, images_per_class
+from ..devices import evaluating, full_precision, home_of, one_hot
+from ..extract import Anatomy
 from ..masks import ModuleMasks
-from ..similarity import full_precision, one_hot
-from ..training import evaluating, home_of
+from ..rules import Channelwise, Elementwise, Union
 from ..units import NORM_LAYERS, find_sites, is_activation, kind_of_sites, layer_of, observe
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #35a85e61
@@ -122,7 +123,7 @@ def kernel_importance(
     batch_size: int = 256, # images at a time
 ) -> dict[Segment, Tensor]: # segment -> [C, K], float64, on the CPU
     "Average the sum of a kernel's map over a class's images; ValueError where there is none (CNNSplitter Sec. 3.1)."
-    if not 0 <= min_confidence <= 1: raise ValueError(f"min_confidence must be between 0 and 1, not {min_confidence!r}")
+    check_number("min_confidence", min_confidence, 0, 1)
     split = split.to(home_of(model, split.device))
     classes, used = len(images_per_class(split)), 0
     if segments is None: segments = find_segments(model, next(batches(split, 2))[0])
@@ -225,7 +226,7 @@ def group_kernels(
 ) -> Grouping:
     "Bundle kernels into genes, the most important first; ValueError for bad arguments (CNNSplitter Sec. 3.1, Table 7)."
     choose(kind, GROUPINGS, "grouping")
-    if groups is not None and groups < 1: raise ValueError(f"groups must be at least 1, not {groups}")
+    if groups is not None: check_number("groups", groups, 1, whole=True)
     if not importance: raise ValueError("importance names no layer, so there is nothing to group")
     random, parts, sizes = torch.Generator().manual_seed(seed), {}, []
     for segment, values in importance.items():

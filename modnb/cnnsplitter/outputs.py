@@ -14,11 +14,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
-from ..data import Split, batches, choose
-from ..extract import Anatomy, Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
+from ..checks import check_number, choose
+from ..data import Split, batches
+from ..devices import full_precision, home_of
+from ..extract import Anatomy
 from ..masks import ModuleMasks
-from ..similarity import full_precision
-from ..training import check_images, check_number, home_of
+from ..prediction import check_images
+from ..rules import Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
 from ..units import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS, find_sites, function_name, layer_of, trace_graph
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #759b7207
@@ -51,7 +53,7 @@ ZERO_NAMES = {"relu", "relu_", "relu6", "leaky_relu", "elu", "selu", "gelu", "si
               "clone"}
 
 def keeps_zero(
-    rule, # of a node, see `modnb.extract.rule_of`
+    rule, # of a node, see `modnb.rules.rule_of`
 ) -> bool:
     "Does a channel that is zero before the node stay zero behind it, or does the node mix channels anyway?"
     if isinstance(rule, Channelwise):

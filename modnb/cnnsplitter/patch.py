@@ -7,6 +7,7 @@ __all__ = ['RANGES', 'logit_range', 'min_max', 'translation', 'Patched', 'names_
            'patch', 'save_patched', 'load_patched']
 
 # %% ../../nbs/cnnsplitter/05_patch.ipynb #92597e9f
+import copy
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..compose import below, copy_module, load_state, pack_module, registered, unpack_module
-from ..data import Split, choose
+from ..checks import check_number, choose
+from ..compose import below, load_state, pack_module, registered, unpack_module
+from ..data import Split
 from ..files import load_tensors, save_tensors
-from ..training import predict
+from ..prediction import predict
 
 # %% ../../nbs/cnnsplitter/05_patch.ipynb #e866a6f8
 RANGES = ("minmax", "quantile", "deviation")
@@ -30,8 +32,8 @@ def logit_range(
 ) -> tuple[float, float]: # low, high
     "Find the range of a module's logits; ValueError for a range of width zero and bad arguments (CNNSplitter Sec. 4)."
     choose(by, RANGES, "kind of range")
-    if not 0 <= tail < 0.5: raise ValueError(f"tail must be at least 0 and below 0.5, not {tail!r}")
-    if not deviations > 0: raise ValueError(f"deviations must be above 0, not {deviations!r}")
+    check_number("tail", tail, 0, 0.5, below=True)
+    check_number("deviations", deviations, 0, above=True)
     if logits.ndim != 1 or not len(logits): raise ValueError(f"logits must be [N] with N > 0, not {list(logits.shape)}")
     logits = logits.double().cpu()
     if by == "minmax": ends = torch.stack([logits.min(), logits.max()])
@@ -80,7 +82,7 @@ class Patched(nn.Module):
         translate: tuple[Tensor, Tensor] | None = None, # from `translation`
     ):
         super().__init__()
-        self.weak, self.module = copy_module(weak), copy_module(module)
+        self.weak, self.module = copy.deepcopy(weak), copy.deepcopy(module)
         self.classes, self.targets, self.clip = list(classes), list(targets), clip
         answers = torch.tensor([self.module.classes.index(name) for name in targets])
         source = torch.tensor([self.targets.index(name) if name in self.targets else 0 for name in self.classes])

@@ -6,11 +6,9 @@
 __all__ = ['RELEASED', 'PAPER', 'DEMO', 'SHOWN', 'Rules', 'check_counts', 'check_choices', 'draw_groups', 'initial_population',
            'by_fitness', 'crossover', 'redraw', 'draw_parents', 'mutate', 'breed', 'bit_strings', 'evaluate_population',
            'weight_of_accuracy', 'play', 'judge', 'best_generation', 'State', 'next_population', 'next_generation',
-           'digest', 'describe_search', 'write_state', 'read_state', 'finished', 'check_search', 'SearchResult',
-           'search']
+           'describe_search', 'write_state', 'read_state', 'finished', 'check_search', 'SearchResult', 'search']
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #eef821c7
-import hashlib
 import json
 import math
 import time
@@ -24,13 +22,15 @@ import torch
 from torch import Generator, Tensor, nn
 from tqdm import tqdm
 
+from ..checkpoints import fingerprint
+from ..checks import check_number, choose
 from .importance import Grouping
 from .outputs import ModuleRunner
 from .tournament import THRESHOLDS, Tournament, jaccard_distances, tournament
-from ..data import Split, choose, images_per_class
-from ..files import load_tensors, save_tensors
+from ..data import Split, images_per_class
+from ..files import digest, load_tensors, refuse_other_run, save_tensors
 from ..masks import ModuleMasks
-from ..training import check_number, fingerprint, wants_progress
+from ..progress import wants_progress
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #0439f201
 @dataclass(frozen=True)
@@ -333,15 +333,6 @@ def next_generation(
     best = population[torch.arange(len(population)), chosen] if result == row["generation"] else state.best
     return State(population, outputs, found.fitness, best, history, result)
 
-# %% ../../nbs/cnnsplitter/04_search.ipynb #18dead50
-def digest(
-    tensors: Iterable[Tensor],
-) -> str: # 16 hexadecimal digits
-    "Tell tensors apart."
-    found = hashlib.sha256()
-    for tensor in tensors: found.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return found.hexdigest()[:16]
-
 # %% ../../nbs/cnnsplitter/04_search.ipynb #4bb424e6
 def describe_search(
     model: nn.Module, # on its device
@@ -381,12 +372,7 @@ def read_state(
     "Find the state of this search; ValueError naming what differs in that of another one."
     if path is None or not Path(path).exists(): return None
     tensors, header = load_tensors(path, "search")
-    was = header["about"]
-    changes = [f"{name} was {was.get(name)!r} and is {about.get(name)!r}" for name in {**about, **was}
-               if about.get(name) != was.get(name)]
-    if changes:
-        raise ValueError(f"checkpoint {path} belongs to another search: {'; '.join(changes)}. "
-                         "Use that one's settings, or another file.")
+    refuse_other_run(f"checkpoint {path}", header["about"], about, "another search")
     generator.set_state(tensors.pop("generator"))
     moved = {name: tensor.to(device) for name, tensor in tensors.items()}
     return State(**moved, history=header["history"], generation=header["generation"])

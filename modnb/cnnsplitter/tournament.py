@@ -16,8 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..similarity import full_precision
-from ..training import check_number
+from ..checks import check_number
+from ..devices import full_precision
 
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #63535c92
 def count_pairs(

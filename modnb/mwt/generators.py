@@ -16,11 +16,10 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, fx, nn
 
-from ..data import choose
+from ..checks import choose
 from ..maps import scale_maps, with_means
 from modnb.units import (
-    CONV_LAYERS, function_name, layer_of, name_sites, observe, opaque, overwritten, tap, trace_graph,
-    unit_sites,
+    CONV_LAYERS, function_name, layer_of, name_sites, observe, opaque, overwritten, tap, trace_graph, unit_sites,
 )
 
 # %% ../../nbs/mwt/00_generators.ipynb #c7719a73

@@ -14,12 +14,12 @@ from torch import Generator, Tensor, nn
 from torch.distributed import ProcessGroup
 
 from ..data import Split, batches, images_per_class
+from ..devices import evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
 from ..metrics import cohesion, coupling, jaccard, kernel_retention
-from .generators import maskable_sites, mask_generators, observe_masks
+from .generators import mask_generators, maskable_sites, observe_masks
 from .losses import MwT
-from ..similarity import full_precision, one_hot
-from ..training import CrossEntropy, Objective, evaluating, home_of
+from ..objectives import CrossEntropy, Objective
 from ..units import observe
 
 # %% ../../nbs/mwt/02_modularize.ipynb #18e60d96

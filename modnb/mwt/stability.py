@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import check_number
 from ..maps import scale_maps
 from .generators import PREFIX, require_generators
 from .losses import MwT
-from ..training import check_share
 from ..units import opaque
 
 # %% ../../nbs/mwt/04_stability.ipynb #a593c2d8
@@ -67,7 +67,7 @@ class SteadyMwT(MwT):
         **others: Any, # average, watch, label_smoothing and warmup of `MwT`
     ):
         super().__init__(*weights, **others)
-        self.mask_slope = check_share("mask_slope", mask_slope)
+        self.mask_slope = check_number("mask_slope", mask_slope, 0, 1)
 
     def prepare(
         self,
