@@ -383,7 +383,7 @@ def _slice_grouped(layer: nn.Module, rows, real_rows, columns, real_columns) -> 
     new.groups, new.in_channels, new.out_channels = len(rows), columns.numel(), rows.numel()
     return new
 
-
+# %% ../nbs/12_rules.ipynb #c08de862
 class Grouped(Rule):
     "A convolution with more than one group and several inputs per group."
 
@@ -442,7 +442,7 @@ def _operand_axis(operand: fx.Node, node: fx.Node, axis: int) -> int | None:
     at = axis - (len(result) - len(shape))
     return None if at < 0 or shape[at] != result[axis] else at
 
-
+# %% ../nbs/12_rules.ipynb #ccd04499
 class Elementwise(Rule):
     "Base of sums and products: operands aligned by broadcasting."
 
@@ -486,7 +486,7 @@ class Elementwise(Rule):
         own = [s for s in self.operands if s.op == "get_attr" and self.spans(s, live)]
         return {s.target: KeptWeights.along(constant_of(s), _operand_axis(s, self.node, self.axis), kept) for s in own}
 
-
+# %% ../nbs/12_rules.ipynb #35440ac7
 class Product(Elementwise):
     "A product: alive where all operands are."
 
@@ -700,6 +700,20 @@ def tensor_inputs(
     return [s for s in node.all_input_nodes if isinstance(s.meta["shape"], tuple)]
 
 
+def _single_rule(node: fx.Node, live: dict[fx.Node, Live | None]) -> Rule:
+    "Of an operation on one tensor whose units are known."
+    layer, name, known, shape = layer_of(node), function_name(node), live[node.args[0]], node.meta["shape"]
+    if plain_layer(layer, NORM_LAYERS): return Channelwise(node) if known.axis == 1 else Whole(node)
+    if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 and known.axis != 1: return Whole(node)
+    if plain_layer(layer, CHANNELWISE_LAYERS) or name in CHANNELWISE_NAMES or name in SCALAR_NAMES:
+        same_units = known.axis < len(shape) and shape[known.axis] == len(known.mask)
+        return Channelwise(node) if same_units else Whole(node)
+    if name in REDUCING_NAMES: return _reduction_rule(node, live)
+    if order := permutation(node): return Channelwise(node, order.index)
+    if name == "pad" and len(node.args[1]) <= 2 * (len(shape) - 1 - known.axis): return Channelwise(node)
+    return Whole(node)
+
+# %% ../nbs/12_rules.ipynb #8d6a628a
 def rule_of(
     node: fx.Node,
     live: dict[fx.Node, Live | None], # of the nodes before this one
@@ -722,17 +736,3 @@ def rule_of(
     if name in ("batch_norm", "instance_norm") and known and known.axis == 1: return Normalised(node)
     if known is None or len(tensors) > 1: return Whole(node)
     return _single_rule(node, live)
-
-
-def _single_rule(node: fx.Node, live: dict[fx.Node, Live | None]) -> Rule:
-    "Of an operation on one tensor whose units are known."
-    layer, name, known, shape = layer_of(node), function_name(node), live[node.args[0]], node.meta["shape"]
-    if plain_layer(layer, NORM_LAYERS): return Channelwise(node) if known.axis == 1 else Whole(node)
-    if isinstance(layer, nn.PReLU) and layer.num_parameters > 1 and known.axis != 1: return Whole(node)
-    if plain_layer(layer, CHANNELWISE_LAYERS) or name in CHANNELWISE_NAMES or name in SCALAR_NAMES:
-        same_units = known.axis < len(shape) and shape[known.axis] == len(known.mask)
-        return Channelwise(node) if same_units else Whole(node)
-    if name in REDUCING_NAMES: return _reduction_rule(node, live)
-    if order := permutation(node): return Channelwise(node, order.index)
-    if name == "pad" and len(node.args[1]) <= 2 * (len(shape) - 1 - known.axis): return Channelwise(node)
-    return Whole(node)

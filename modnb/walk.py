@@ -331,6 +331,7 @@ def _check(
     if absent: raise ValueError(f"no images of {', '.join(split.classes[c] for c in absent)} to test on")
     return found, sizes.tolist()
 
+# %% ../nbs/18_walk.ipynb #48bf9d48
 def _flops(family: Family, subtasks, members, mode: str | None, example: Tensor) -> list[float | None]:
     "Share of the whole model's multiply-adds, counted on the built networks where the family has not counted them."
     if mode is None: return [None] * len(members)
@@ -339,6 +340,7 @@ def _flops(family: Family, subtasks, members, mode: str | None, example: Tensor)
         built = (family.anatomy.extract(family.masks.keep(columns), columns) for columns in subtasks)
         flops = [count_flops(network, example, mode) for network in (family.anatomy.model, *built)]
     return [each / flops[0] if flops[0] else None for each in flops[1:]]
+
 
 def _rows(family: Family, subtasks, members, sizes, right, flops) -> list[dict[str, Any]]:
     classes, total, rows, trunks = family.masks.classes, count_weights(family.anatomy.model), [], {}
