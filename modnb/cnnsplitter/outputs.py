@@ -18,7 +18,7 @@ from ..data import Split, batches, choose
 from ..extract import Anatomy, Channelwise, Concat, Dense, Elementwise, Fold, Input, Part, Size, Whole
 from ..masks import ModuleMasks
 from ..similarity import full_precision
-from ..training import check_images, check_number, home_of
+from ..training import PRECISIONS, check_images, check_number, home_of
 from ..units import ACTIVATION_LAYERS, CONV_LAYERS, NORM_LAYERS, find_sites, function_name, layer_of, trace_graph
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #759b7207
@@ -149,16 +149,19 @@ class ModuleRunner:
         sites: dict[str, int], # convolutions with masks -> kernels, in order of execution
         how: str = "auto", # "masked", "extracted", or "auto": what is faster, see `is_long`
         rows: int | None = None, # images times modules that go through the network at once; None: 256, on a GPU 16,384
+        precision: str = "float32", # of the arithmetic, one of `PRECISIONS`
     ):
         choose(how, WAYS, "way to run modules")
+        self.precision = choose(precision, PRECISIONS, "precision")
         check_images(split)
         device = home_of(model, split.device)
         check_number("rows", 1 if rows is None else rows, 1, whole=True)
         self.rows = rows or (256 if device.type == "cpu" else 16384)
         self.sites, self.device = dict(sites), device
         split = split.to(device)
-        example = next(batches(split, 2))[0]
-        network = fold_norms(model).to(memory_format=torch.channels_last)
+        self.dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+        example = next(batches(split, 2))[0].to(self.dtype)
+        network = fold_norms(model).to(self.dtype, memory_format=torch.channels_last)
         self.anatomy = Anatomy(network, example)
         with torch.no_grad(): self.outputs = network(example).shape[1]
         wide = how == "extracted" or how == "auto" and is_long(self.anatomy, sites, len(split), device)
@@ -166,7 +169,8 @@ class ModuleRunner:
         if how == "masked" and self.network is None:
             raise ValueError("an operation of this network turns zeros into something else; run its modules extracted")
         self.labels = split.labels
-        self.images = torch.cat([x for x, _ in batches(split, 512)]).contiguous(memory_format=torch.channels_last)
+        images = torch.cat([x.to(self.dtype) for x, _ in batches(split, 512)])
+        self.images = images.contiguous(memory_format=torch.channels_last)
 
     @property
     def how(self) -> str: # "masked" or "extracted"
@@ -191,7 +195,7 @@ class ModuleRunner:
     def _masked(self, kernels, classes):
         at_once = min(len(self.images), max(16, self.rows // max(1, len(classes))))
         modules, found = max(1, self.rows // at_once), []
-        kernels, classes = kernels.to(self.device).float(), torch.tensor(classes, device=self.device)
+        kernels, classes = kernels.to(self.device, self.dtype), torch.tensor(classes, device=self.device)
         for some, own in zip(kernels.split(modules), classes.split(modules)):
             masks, parts = some.split(list(self.sites.values()), 1), []
             for images in self.images.split(at_once):

@@ -27,7 +27,7 @@ from .tournament import THRESHOLDS, jaccard_distances, tournament
 from ..data import Split, choose, images_per_class
 from ..files import load_tensors, save_tensors
 from ..masks import ModuleMasks
-from ..training import check_number, fingerprint, wants_progress
+from ..training import check_number, fingerprint, predict, wants_progress
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #0439f201
 @dataclass(frozen=True)
@@ -50,6 +50,7 @@ class Rules:
     fewest: int = 50 # combinations kept in each round of the tournament, at least
     most: int = 500 # at most
     thresholds: tuple[tuple[int, float], ...] = THRESHOLDS # up to so many classes: accuracy that is kept
+    relative_goals: bool = False # goal and thresholds are shares of the whole network's accuracy on the same images
     keep_best: bool = True # last generation's best combination stays in the tournament
     first_eligible: int = 1 # first generation that can be the result
 
@@ -246,10 +247,11 @@ def describe_search(
     sensitive: Iterable[str] | None, # see `search`
     seed: int,
     how: str, # "masked" or "extracted"
+    precision: str = "float32", # of the arithmetic
 ) -> dict[str, Any]: # plain values
     "Write down what decides the result of a search."
     about = asdict(rules) | {
-        "seed": seed, "sensitive": None if sensitive is None else sorted(sensitive), "how": how,
+        "seed": seed, "sensitive": None if sensitive is None else sorted(sensitive), "how": how, "precision": precision,
         "classes": grouping.classes, "layers": grouping.sites, "groups": digest([grouping.gene_of]),
         "model": digest(model.state_dict().values()), "images": fingerprint(split)}
     return json.loads(json.dumps(about))
@@ -305,21 +307,24 @@ def search(
     patience: int | None = 20, # generations without a better result before it stops; None: never
     seed: int = 0, # of all chance
     how: str = "auto", # to run modules, see `ModuleRunner`
+    precision: str = "float32", # of the arithmetic, the same
     checkpoint: str | Path | None = None, # file to save to after each generation and to resume from; None: keep nothing
     progress: bool | None = None, # bar on stderr; None: only on a terminal
 ) -> SearchResult:
     "Find a module for each class; ValueError for arguments that do not fit (CNNSplitter Sec. 3)."
     check_search(split, grouping, generations, patience, seed)
-    runner, generator = ModuleRunner(model, split, grouping.sites, how), Generator().manual_seed(seed)
+    runner = ModuleRunner(model, split, grouping.sites, how, precision=precision)
+    generator = Generator().manual_seed(seed)
     if runner.outputs != len(grouping.classes):
         raise ValueError(f"the model has {runner.outputs} outputs, but there are {len(grouping.classes)} classes")
     grouping, sensitive = grouping.to(runner.device), None if sensitive is None else list(sensitive)
-    about = describe_search(model, split, grouping, rules, sensitive, seed, runner.how)
+    about = describe_search(model, split, grouping, rules, sensitive, seed, runner.how, precision)
+    whole = predict(model, split, precision="float32").T.contiguous() if rules.relative_goals else None
     state = read_state(checkpoint, about, generator, runner.device)
     done = len(state.history) if state else 0
     bar = tqdm(total=generations + 1, initial=done, desc="generations", disable=not wants_progress(progress))
     while len(state.history if state else []) <= generations and not (state and exhausted(state, patience)):
-        state = next_generation(runner, grouping, rules, sensitive, state, generator)
+        state = next_generation(runner, grouping, rules, sensitive, state, generator, whole)
         if checkpoint is not None: write_state(checkpoint, about, state, generator)
         shown = ("accuracy", "difference", "kernel_retention", "seconds")
         bar.set_postfix({name: f"{state.history[-1][name]:.3f}" for name in shown}, refresh=False)
@@ -342,6 +347,7 @@ def next_generation(
     sensitive: Sequence[str] | None, # see `initial_population`
     state: State | None, # None: begin
     generator: Generator, # on the CPU
+    whole: Tensor | None = None, # [C, N], logits of the whole network, whose accuracy goals are shares of; None: of 1
 ) -> State:
     "Breed, run and judge one generation (CNNSplitter Sec. 3.2 and 3.3)."
     start, number = time.perf_counter(), len(state.history) if state else 0
@@ -349,11 +355,12 @@ def next_generation(
     else: population = breed(state.population, state.fitness, rules, generator)
     outputs, ran = evaluate_population(runner, grouping, population, state and (state.population, state.outputs))
     kernels, order = grouping.decode(population), torch.randperm(len(population), generator=generator)
-    weight = rules.accuracy_weight
-    if state and rules.accuracy_goal: weight += max(0.0, rules.accuracy_goal - state.history[-1]["accuracy"])
+    weight, reached = rules.accuracy_weight, 1.0
+    if whole is not None: reached = (whole.argmax(0) == runner.labels).double().mean().item()
+    if state and rules.accuracy_goal: weight += max(0.0, reached * rules.accuracy_goal - state.history[-1]["accuracy"])
     best = torch.zeros(len(population), dtype=torch.int64) if rules.keep_best and state else None
     found = tournament(outputs, runner.labels, kernels, order, weight, 1 - rules.accuracy_weight, rules.fewest,
-                       rules.most, rules.thresholds, best)
+                       rules.most, rules.thresholds, best, whole)
     chosen = found.fitness.argmax(1)
     accuracy, difference, kept = judge(outputs, runner.labels, kernels, chosen)
     score = rules.accuracy_weight * accuracy + (1 - rules.accuracy_weight) * difference

@@ -89,7 +89,7 @@ def meet(
     kernels: Tensor, # [C, I, K], zeros and ones in float32, classes in the order of the tournament
     place: int, # of A's first class in that order
     weights: tuple[float, float], # of accuracy and difference
-    thresholds: Sequence[tuple[int, float]], # see `threshold_for`
+    threshold: float, # accuracy from which combinations are kept, fraction
     fewest: int, # combinations kept at least
     most: int, # combinations kept at most
 ) -> Group: # by falling fitness
@@ -100,7 +100,7 @@ def meet(
     accuracy = correct.double().flatten() / (second.stop - first.start)
     many, size = len(second.members), first.members.shape[1] + second.members.shape[1]
     best = None if first.best is None or second.best is None else first.best * many + second.best
-    kept = choose_pairs(accuracy, threshold_for(size, thresholds), fewest, most, best)
+    kept = choose_pairs(accuracy, threshold, fewest, most, best)
     a, b = kept // many, kept % many
     members = torch.cat([first.members[a], second.members[b]], 1)
     distance = first.distance[a] + second.distance[b] + between(kernels, place, members, first.members.shape[1])
@@ -147,14 +147,22 @@ def tournament(
     most: int = 500, # at most (paper: 100)
     thresholds: Sequence[tuple[int, float]] = THRESHOLDS, # up to so many classes: accuracy that is kept
     best: Sequence[int] | Tensor | None = None, # [C], a combination that is kept in any case
+    whole: Tensor | None = None, # [C, N], logits of the whole network, of whose accuracy the thresholds are shares
 ) -> Tournament:
     "Judge modules by their best combination; ValueError for unfit arguments (CNNSplitter Eq. 5, Sec. 3.3.3)."
-    order = check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, best)
+    order = check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, best, whole)
     classes, individuals, device = *outputs.shape[:2], outputs.device
     sizes = torch.bincount(labels, minlength=classes)[order].tolist()
     place_of = torch.empty_like(order).scatter_(0, order, torch.arange(classes, device=device)) # class -> its turn
     sorted_images = place_of[labels].argsort(stable=True)
     outputs, kernels = outputs[order][:, :, sorted_images], kernels[order].float()
+    if whole is not None: whole, turns = whole[order][:, sorted_images], place_of[labels][sorted_images]
+    def threshold(first, second, place): # for the combinations of two groups
+        share, size = 1.0, first.members.shape[1] + second.members.shape[1]
+        if whole is not None:
+            answers = whole[place:place + size, first.start:second.stop].argmax(0) + place
+            share = (answers == turns[first.start:second.stop]).double().mean().item()
+        return share * threshold_for(size, thresholds)
     everyone, start, groups = torch.arange(individuals, device=device)[:, None], 0, []
     for turn, (own, size) in enumerate(zip(outputs, sizes)):
         favourite = None if best is None else int(best[int(order[turn])])
@@ -165,8 +173,9 @@ def tournament(
         while len(groups) > 1:
             places = [0]
             for group in groups: places.append(places[-1] + group.members.shape[1])
-            groups = [meet(*groups[at:at + 2], kernels, places[at], (accuracy_weight, difference_weight), thresholds,
-                           fewest, most) if at + 1 < len(groups) else groups[at] for at in range(0, len(groups), 2)]
+            groups = [meet(*groups[at:at + 2], kernels, places[at], (accuracy_weight, difference_weight),
+                           threshold(*groups[at:at + 2], places[at]), fewest, most)
+                      if at + 1 < len(groups) else groups[at] for at in range(0, len(groups), 2)]
     last = groups[0]
     difference = last.distance / (classes * (classes - 1) / 2)
     scores, members = accuracy_weight * last.accuracy + difference_weight * difference, last.members[:, place_of]
@@ -175,7 +184,7 @@ def tournament(
     return Tournament(fitness, members, last.accuracy, difference, scores)
 
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #d82e67d8
-def check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, best) -> Tensor:
+def check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, best, whole=None) -> Tensor:
     "Raise ValueError for arguments that do not fit; give the order of the classes as a tensor."
     if outputs.ndim != 3 or labels.shape != outputs.shape[2:] or kernels.shape[:2] != outputs.shape[:2]:
         raise ValueError(f"outputs must be [C, I, N], labels [N], kernels [C, I, K], not {list(outputs.shape)}, "
@@ -197,4 +206,6 @@ def check_tournament(outputs, labels, kernels, order, fewest, most, thresholds, 
         raise ValueError(f"order must name every class once, not {order.tolist()}")
     if best is not None and (len(best) != classes or not all(0 <= int(i) < individuals for i in best)):
         raise ValueError(f"best must name one of {individuals} individuals for each of {classes} classes, not {best}")
+    if whole is not None and whole.shape != outputs.shape[::2]:
+        raise ValueError(f"whole must be [{classes}, {len(labels)}], logits of the network, not {list(whole.shape)}")
     return order.to(outputs.device)

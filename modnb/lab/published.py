@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'MASKED', 'SVHN', 'SIMPLE', 'TIMES', 'BY_MWT', 'BY_CNNSPLITTER', 'CAVEATS', 'PRINTED', 'HEADING',
-           'COLUMNS', 'CORRECTED', 'AS_PUBLISHED', 'COMMON', 'TRAINING', 'FIVE_CLASSES', 'WEAK', 'REPLACED',
+           'COLUMNS', 'CORRECTED', 'AS_PUBLISHED', 'SEARCHED', 'COMMON', 'TRAINING', 'FIVE_CLASSES', 'WEAK', 'REPLACED',
            'UNRECORDED', 'OF_TRAINING', 'GPUS', 'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text',
            'read_heading', 'concerns', 'caveats_of', 'line_label', 'read_published', 'published_tables', 'loss_weights',
            'recipe', 'what_differs', 'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked',
@@ -287,9 +287,10 @@ def published_tables() -> Frame: # columns paper, table, shows, numbers, caveats
     return pandas.DataFrame(lines, index=list(TABLES))
 
 # %% ../../nbs/lab/06_published.ipynb #951a438a
-# What a training can have beside the published recipes, as they have it; older rows do not record all of it
+# What trainings and searches can have beside the published recipes, as they have it; older rows do not record all of it
 AS_PUBLISHED = {"label_smoothing": 0, "warmup": 0, "max_norm": None, "dropout": None, "average": "pairs", "sites": "",
                 "floor": 0, "mask_slope": 1}
+SEARCHED = {"relative_goals": False, "importance_images": 0, "fewest_sure": 0, "search_precision": "float32"}
 COMMON = {"width": (1,), "image_size": (0, 32), "train_limit": (0,), "test_limit": (0,), "augment": (True,),
           "epochs": (200,), "batch_size": (128,), "only_classes": ("",), "head_weights": ("published", ""),
           **{name: (value,) for name, value in AS_PUBLISHED.items()}}
@@ -308,8 +309,8 @@ REPLACED = {"width": (1,), "strong_epochs": (200,), "strong_batch_size": (128,),
             "weak_image_share": (0.1,), "weak_epochs": (200,), "weak_batch_size": (128,), "weak_lr": (0.05,),
             "underfit_epoch": (10,), "overfit_epoch": (195,)} # MODA's weak and strong models
 # What older rows do not record, as it was
-UNRECORDED = AS_PUBLISHED | {"compactness_form": "mean", "generators": "released", "only_classes": "",
-                             "masks_by": "published", "head_weights": ""}
+UNRECORDED = AS_PUBLISHED | SEARCHED | {"compactness_form": "mean", "generators": "released", "only_classes": "",
+                                        "masks_by": "published", "head_weights": ""}
 OF_TRAINING = ("accuracy", "accuracy_loss", "training_time", "epoch_time", "epochs", "kernels", "multiply_adds",
                "cohesion_weight", "coupling_weight")
 GPUS = {"mwt": "A100", "moda": "V100"} # what the times were measured on
@@ -344,7 +345,8 @@ def recipe(
     if metric not in OF_TRAINING and system in ("mwt", "moda"): wanted["keep_threshold"] = (0.9,)
     if metric not in OF_TRAINING and system == "moda": wanted["masks_by"] = ("published",)
     if metric not in OF_TRAINING and system == "mwt": wanted["empty"] = ("relax",)
-    if metric not in OF_TRAINING and system == "cnnsplitter": wanted |= {"population": (100,), "generations": (200,)}
+    if metric not in OF_TRAINING and system == "cnnsplitter":
+        wanted |= {"population": (100,), "generations": (200,)} | {name: (value,) for name, value in SEARCHED.items()}
     if metric.startswith("tuned"):
         wanted |= {"tune_epochs": (10,), "tune_lr": (0.05,), "tune_batch_size": (128,), "head": ("released",)}
     if size in tuple("23456789"): wanted["subtasks_per_size"] = (10,)
