@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'FOLDER_LAYOUT', 'class_index', 'class_indices', 'pick_device', 'normalise', 'crop_flip',
            'Split', 'images_per_class', 'ImageData', 'draw_augmentation', 'iterate', 'batches', 'hold_out', 'resize',
-           'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source', 'register_dataset', 'list_datasets',
-           'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar', 'cifar10', 'cifar100', 'svhn',
-           'read_image', 'subfolders', 'image_files', 'read_folder', 'folder', 'find_data', 'split_valid',
+           'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source', 'Listed', 'register_dataset',
+           'list_datasets', 'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar', 'cifar10', 'cifar100',
+           'svhn', 'read_image', 'subfolders', 'image_files', 'read_folder', 'folder', 'find_data', 'split_valid',
            'load_dataset']
 
 # %% ../nbs/00_data.ipynb #cc05dec8
@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -313,14 +314,23 @@ class Source:
     pixels_per_padding: int = 8 # image side for each pixel of crop padding
 
 # %% ../nbs/00_data.ipynb #4158e052
-DATASETS: dict[str, tuple[Callable[..., Source], int]] = {} # by name: loader, usual image side
+class Listed(NamedTuple):
+    "A dataset that can be asked for by name."
+    load: Callable[..., Source] # its loader
+    image_size: int # side of the images where none is asked for, pixels
+    images: int | None # training images; None: it says so when it is loaded
+    classes: int | None # the same
+
+DATASETS: dict[str, Listed] = {} # by name
 
 def register_dataset(
     image_size: int = 32, # side of the images where none is asked for, pixels
+    images: int | None = None, # training images, where their number is fixed
+    classes: int | None = None, # classes, where their number is fixed
 ) -> Callable: # decorator of a loader `(root, image_size, download, *, options) -> Source`
     "List a loader under its own name; its keyword-only parameters are the dataset's options."
     def add(load: Callable[..., Source]) -> Callable[..., Source]:
-        DATASETS[load.__name__] = load, image_size
+        DATASETS[load.__name__] = Listed(load, image_size, images, classes)
         return load
     return add
 
@@ -329,7 +339,7 @@ def list_datasets() -> list[str]: # names for `load_dataset`
     return list(DATASETS)
 
 # %% ../nbs/00_data.ipynb #ce5a5daa
-@register_dataset(image_size=16)
+@register_dataset(image_size=16, images=1437, classes=10)
 def digits(
     root: Path, # of no effect, the images come with scikit-learn
     image_size: int, # side, pixels
@@ -414,7 +424,7 @@ def load_cifar(
     return Source(train.classes, tensors(train), tensors(test), mean=mean, std=std, flip=True)
 
 # %% ../nbs/00_data.ipynb #39711fd8
-@register_dataset()
+@register_dataset(images=50_000, classes=10)
 def cifar10(
     root: Path, # holds `cifar-10-batches-py`
     image_size: int, # side, pixels
@@ -424,7 +434,7 @@ def cifar10(
     return load_cifar("CIFAR10", root, image_size, download, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 
 # %% ../nbs/00_data.ipynb #c2cb4375
-@register_dataset()
+@register_dataset(images=50_000, classes=100)
 def cifar100(
     root: Path, # holds `cifar-100-python`
     image_size: int, # side, pixels
@@ -434,7 +444,7 @@ def cifar100(
     return load_cifar("CIFAR100", root, image_size, download, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 
 # %% ../nbs/00_data.ipynb #34253ebe
-@register_dataset()
+@register_dataset(images=73_257, classes=10)
 def svhn(
     root: Path, # holds `train_32x32.mat` and `test_32x32.mat`
     image_size: int, # side, pixels
@@ -577,7 +587,7 @@ def load_dataset(
 ) -> ImageData: # splits as tensors on the device
     "Load a dataset; raise ValueError for what does not exist, MissingDataset, CorruptFile."
     loader, name, root = find_data(name, root)
-    load, usual_size = DATASETS[loader]
+    load, usual_size, *_ = DATASETS[loader]
     known = [p.name for p in inspect.signature(load).parameters.values() if p.kind is p.KEYWORD_ONLY]
     for option in options: choose(option, ["flip", "crop_padding", *known], f"option of {loader}")
     size = check_number("image_size", usual_size if image_size is None else image_size, 1, whole=True)

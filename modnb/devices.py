@@ -78,21 +78,24 @@ def has_bfloat16(
 def training_precision(
     device: torch.device,
     model: nn.Module, # to be trained
+    side: int = 32, # of the images, pixels
 ) -> str: # one of `PRECISIONS`
     "Choose the number format of the forward pass in training: bfloat16 where it is fast, else float32."
     grouped = any(getattr(layer, "groups", 1) > 1 for layer in model.modules())
-    return "bfloat16" if has_bfloat16(device) and (device.type == "cuda" or not grouped) else "float32"
+    pays = device.type == "cuda" or side >= 32 and not grouped
+    return "bfloat16" if has_bfloat16(device) and pays else "float32"
 
 # %% ../nbs/02_devices.ipynb #5d480174
 def choose_precision(
     precision: str | None, # what was asked for; None: choose
     device: torch.device,
     model: nn.Module, # to be trained
+    side: int = 32, # of the images, pixels
     progress: bool | None = None, # see `wants_progress`
 ) -> str: # one of `PRECISIONS`
     "Settle the number format of the forward pass; raises `ValueError` for an unknown one."
     if precision is None:
-        precision = training_precision(device, model)
+        precision = training_precision(device, model, side)
         if precision == "bfloat16" and device.type == "cpu" and wants_progress(progress):
             say_once("training in bfloat16, which this processor has instructions for; precision='float32' is plain")
     elif choose(precision, PRECISIONS, "precision") == "bfloat16" and not has_bfloat16(device):

@@ -130,13 +130,14 @@ def settle(
     asked: Mapping[str, Any], # knobs by name, those left open None; and "progress", see `wants_progress`
     device: torch.device, # where to train
     model: nn.Module, # to be trained
+    side: int, # of the images, pixels
 ) -> Settings:
     "Turn what was asked for into settings; what was left open becomes what the device is fast in."
     knobs, fast = {field.name: asked[field.name] for field in fields(Settings)}, asked["fast"]
     if knobs["channels_last"] is None: knobs["channels_last"] = fast and device.type in ("cpu", "cuda")
     if knobs["compile"] is None: knobs["compile"] = fast and device.type == "cuda"
     if knobs["precision"] is None and not fast: knobs["precision"] = "float32"
-    else: knobs["precision"] = choose_precision(knobs["precision"], device, model, asked["progress"])
+    else: knobs["precision"] = choose_precision(knobs["precision"], device, model, side, asked["progress"])
     return Settings(**knobs)
 
 # %% ../nbs/06_settings.ipynb #2f602f9b

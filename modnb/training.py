@@ -439,7 +439,7 @@ def fit(
     "Train a model, or go on where its checkpoint ends; raises `ValueError` and `TrainingDiverged` (MwT Sec. 4.1)."
     asked = locals()
     device, objective = pick_device(device), CrossEntropy() if objective is None else objective
-    settings = settle(asked, device, model)
+    settings = settle(asked, device, model, getattr(data, "image_size", 32))
     check_number("checkpoint_every", checkpoint_every, 1, whole=True)
     check_inputs(data, objective, settings)
     check_group(process_group, settings)

@@ -100,7 +100,6 @@ def written_in() -> dict[str, Path]:
 
 WRITTEN_IN = written_in()
 FOLDERS = sorted({path.parts[0] for path in WRITTEN_IN.values() if len(path.parts) == 2})
-METHODS = [folder for folder in FOLDERS if folder != "lab"]
 
 
 def floor(module: str) -> int:
@@ -293,6 +292,19 @@ def test_readme_table_is_computed_from_the_rows():
 
     table = markdown_table(compare_systems(read_rows(ROOT / "results/demo.csv")))
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
+
+
+def test_the_front_page_shows_the_rows(build):
+    from PIL import Image
+
+    from modnb.lab.reports import published_beside, short_table, table_rows
+    from modnb.lab.results import kept_rows, markdown_table
+
+    rows = table_rows(kept_rows(ROOT / "results", "cifar10_small"))
+    table = markdown_table(short_table(rows, published_beside(rows)))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make refresh"
+    picture = Image.open(NBS / "images/headline.png")
+    assert picture.text["Description"] == build("build").headline_digest(), "run make refresh"
 
 
 def test_readme_links_lead_somewhere():

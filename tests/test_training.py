@@ -167,16 +167,19 @@ def test_fit_is_the_loop_written_by_hand(few, channels_last):
 # Precision
 
 
-def test_precision_is_that_of_the_processor_unless_told(few, monkeypatch):
-    "bfloat16 where it has instructions for it and no convolution is in groups; accuracies stay float32"
+def test_precision_is_that_of_the_processor_unless_told(few, tmp_path, monkeypatch):
+    "bfloat16 where it has instructions for it, not in groups or for small images; accuracies stay float32"
     grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 14 * 14, 10))
     for able in (True, False):
         monkeypatch.setattr(modnb.devices, "has_bfloat16", lambda device, able=able: able)
         assert training_precision(torch.device("cpu"), make_net()) == ("bfloat16" if able else "float32")
         assert training_precision(torch.device("cpu"), grouped) == "float32"
+        assert training_precision(torch.device("cpu"), make_net(), side=16) == "float32"
     monkeypatch.setattr(modnb.devices, "has_bfloat16", lambda device: True)
+    train(make_net(), few, precision=None, epochs=1, checkpoint=tmp_path / "run") # digits of 16 pixels
+    assert read_checkpoint(tmp_path / "run").run["precision"] == "float32"
     model = make_net()
-    row = train(model, few, precision=None, epochs=2).last
+    row = train(model, few, precision="bfloat16", epochs=2).last
     assert row["valid_accuracy"] == evaluate(model, few.valid, precision="float32")
     exact = train(make_net(), few, epochs=2).last["loss"]
     assert row["loss"] != exact and row["loss"] == pytest.approx(exact, rel=0.05)
