@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from .data import class_indices, whole_number
+from .checks import check_number
+from .data import class_indices
 from .files import UnreadableFile, load_tensors, save_tensors
 
 # %% ../nbs/11_masks.ipynb #4eb960fc
@@ -53,7 +54,7 @@ class ModuleMasks:
     ) -> dict[str, torch.Tensor]: # site name -> `[K]`, bool: the union of the classes' modules
         "What a network for these classes keeps; unknown classes raise `ValueError` (MwT Sec. 3.4, MODA Sec. 3.3)."
         rows = range(len(self.classes)) if classes is None else class_indices(classes, self.classes)
-        multiple = whole_number("multiple", multiple, 1)
+        multiple = check_number("multiple", multiple, 1, whole=True)
         return {site: rounded_up(mask[list(rows)].any(0), mask, multiple) for site, mask in self.masks.items()}
 
     def counts(self) -> dict[str, torch.Tensor]: # site name -> `[C]`, number of kept units

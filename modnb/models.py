@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .data import choose, whole_number
+from .checks import check_number, choose
 
 # %% ../nbs/01_models.ipynb #723507ea
 def scaled(
@@ -361,11 +361,11 @@ def create_model(
     defaults = model_options(name)
     recipe = RECIPES[name]
     for option in options: choose(option, list(defaults), f"option of {name}")
-    if not (isinstance(width, int | float) and 0 < width < math.inf):
-        raise ValueError(f"width must be a number above 0, not {width!r}")
+    check_number("width", width, 0, above=True)
     size = recipe.image_size if image_size is None else image_size
-    size = whole_number(f"image_size of {name}", size, recipe.minimum)
-    settings = {"num_classes": whole_number("num_classes", num_classes, 1), "width": width, "image_size": size}
+    size = check_number(f"image_size of {name}", size, recipe.minimum, whole=True)
+    outputs = check_number("num_classes", num_classes, 1, whole=True)
+    settings = {"num_classes": outputs, "width": width, "image_size": size}
     settings = recipe.fill_in(settings | defaults | options)
     with torch.random.fork_rng(devices=[], enabled=seed is not None):
         if seed is not None: torch.default_generator.manual_seed(seed)

@@ -12,12 +12,12 @@ __all__ = ['ACTIVATION_LAYERS', 'ACTIVATION_NAMES', 'CONV_LAYERS', 'NORM_LAYERS'
 import inspect
 import operator
 from collections.abc import Callable, Iterable
-from difflib import get_close_matches
 
 import torch
 from torch import fx, nn
 
-from .training import evaluating, home_of
+from .checks import nearest
+from .devices import evaluating, home_of
 
 # %% ../nbs/10_units.ipynb #6b7d6138
 class NotTraceable(ValueError):
@@ -271,7 +271,7 @@ def find_sites(
     wanted = list(wanted)
     unknown = [s for s in wanted if s not in named]
     if unknown:
-        near = get_close_matches(unknown[0], named, n=3) or [n for n in named][1:6]
+        near = nearest(unknown[0], named) or [n for n in named][1:6]
         raise ValueError(f"this network has no site {', '.join(map(repr, unknown))}; did you mean {', '.join(near)}? "
                          "modnb.units.unit_sites(model, example) lists them")
     return [named[s] for s in wanted]

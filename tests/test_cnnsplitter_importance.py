@@ -13,7 +13,7 @@ from modnb.data import Split, load_dataset, normalise
 from modnb.extract import masked
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
-from modnb.training import predict
+from modnb.prediction import predict
 from modnb.units import observe, unit_sites
 
 EXAMPLE = torch.zeros(1, 3, 32, 32)

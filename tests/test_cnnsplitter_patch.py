@@ -1,5 +1,6 @@
 "CNNSplitter's using part: modules side by side, metrics of one class, patching, weak networks and their data."
 
+import copy
 import functools
 from pathlib import Path
 
@@ -24,15 +25,7 @@ from modnb.cnnsplitter.weak import (
     weak_models,
     weak_settings,
 )
-from modnb.compose import (
-    Composer,
-    ParallelModules,
-    compose,
-    compose_parallel,
-    copy_module,
-    load_module,
-    save_module,
-)
+from modnb.compose import Composer, ParallelModules, compose, compose_parallel, load_module, save_module
 from modnb.data import ImageData, MissingDataset, Split, load_dataset, normalise
 from modnb.extract import masked
 from modnb.files import UnreadableFile
@@ -41,7 +34,9 @@ from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops, other_accuracy, precision_recall
 from modnb.models import create_model
-from modnb.training import Settings, fit, predict
+from modnb.prediction import predict
+from modnb.settings import Settings
+from modnb.training import fit
 from modnb.units import unit_sites
 
 EXPERIMENT = Path(__file__).parents[1] / "nbs/experiments/cnnsplitter_patch.ipynb"
@@ -116,7 +111,7 @@ def test_weights_and_multiply_adds_are_the_sums(name):
 def test_files_of_modules_side_by_side(name, tmp_path):
     model, masks, x = parts(name)
     beside = compose_parallel(model, masks, [0, 3, 9], x)
-    for saved in (beside, copy_module(beside)):
+    for saved in (beside, copy.deepcopy(beside)):
         save_module(saved, tmp_path / "m.safetensors")
         again = load_module(tmp_path / "m.safetensors")
         assert torch.equal(again(x), beside(x)) and again.classes == beside.classes and not again.training
@@ -127,7 +122,7 @@ def test_files_of_modules_side_by_side(name, tmp_path):
 def test_a_copy_is_independent():
     model, masks, x = parts("vgg12")
     module = compose(model, masks, [3], x)
-    before, twin = module(x), copy_module(module)
+    before, twin = module(x), copy.deepcopy(module)
     for parameter in twin.parameters(): nn.init.zeros_(parameter)
     assert torch.equal(module(x), before) and twin.classes == ["class 3"] and twin.recipe == module.recipe
 
@@ -359,7 +354,7 @@ def test_onnx_export(tmp_path):
 def test_what_cannot_be_patched():
     _, _, weak, split = pieces()
     module, small = module_of("class 2"), create_model("lenet5", 4, image_size=32)
-    silent = copy_module(module)
+    silent = copy.deepcopy(module)
     for parameter in silent.parameters(): nn.init.zeros_(parameter)
     without = split.select(split.labels != 2)
     large = Split(torch.zeros(10, 3, 20, 20, dtype=torch.uint8), torch.arange(10), CLASSES, split.mean, split.std)

@@ -1,5 +1,6 @@
 "Composed models: which classes, how large, the same logits, files, ONNX."
 
+import copy
 import functools
 import itertools
 import json
@@ -58,6 +59,37 @@ def test_more_classes_are_never_smaller(name):
     composer = Composer(model, masks, x)
     sizes = [sum(p.numel() for p in composer(range(n)).parameters()) for n in range(1, 11)]
     assert sizes == sorted(sizes) and sizes[0] < sizes[-1] < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_copy_knows_what_the_original_knows(name, tmp_path):
+    model, masks, x = parts(name)
+    composed = compose(model, masks, [4, 7], x)
+    twin = copy.deepcopy(copy.deepcopy(composed))
+    assert twin.classes == composed.classes == ["class 4", "class 7"] and twin.recipe == composed.recipe
+    assert repr(twin) == repr(composed) and twin.keep.keys() == composed.keep.keys()
+    assert twin.state_dict().keys() == composed.state_dict().keys() and torch.equal(twin(x), composed(x))
+    save_module(twin, tmp_path / "m.safetensors")
+    assert torch.equal(load_module(tmp_path / "m.safetensors")(x), composed(x))
+    for parameter in twin.parameters(): nn.init.zeros_(parameter)
+    assert not torch.equal(twin(x), composed(x)), "nothing is shared"
+
+
+def test_composing_leaves_evaluation_mode():
+    model, masks, x = parts("resnet18")
+    training = copy.deepcopy(model).train()
+    composed = compose(training, masks, [4, 7], x)
+    assert training.training and not any(layer.training for layer in composed.modules())
+    assert torch.equal(composed(x), compose(model, masks, [4, 7], x)(x))
+
+
+def test_a_composed_model_is_printed_in_a_line():
+    model, masks, x = parts("resnet18")
+    composed = compose(model, masks, [4, 7], x)
+    weights = sum(p.numel() for p in composed.parameters())
+    about = f"{type(model).__name__} for class 4, class 7, extracted: {weights:,} weights"
+    assert str(composed) == repr(composed) == about
+    assert "def forward" in composed.code, "the code is still there for whoever wants it"
 
 
 def test_full_masks_and_all_classes_give_the_model():

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from modnb.checks import check_number
 from modnb.compat import import_torchvision
 from modnb.data import (
     CorruptFile,
@@ -35,7 +36,6 @@ from modnb.data import (
     normalise,
     pick_device,
     resize,
-    whole_number,
 )
 
 CLASSES = ["airplane", "bird", "cat", "dog"]
@@ -77,7 +77,8 @@ def test_one_class_alone():
 
 @pytest.mark.parametrize("value", [0, -3, 1.0, "1", None, True])
 def test_whole_number_refuses(value):
-    with pytest.raises(ValueError, match="size must be a whole number of at least 1"): whole_number("size", value, 1)
+    with pytest.raises(ValueError, match="size must be a whole number of at least 1"):
+        check_number("size", value, 1, whole=True)
 
 
 def test_devices():

@@ -15,8 +15,10 @@ from modnb.data import ImageData, Split
 from modnb.moda.losses import MODA
 from modnb.mwt.generators import add_mask_generators
 from modnb.mwt.losses import MwT
+from modnb.objectives import CrossEntropy
+from modnb.settings import Settings
 from modnb.similarity import AVERAGES, cosine_losses
-from modnb.training import CrossEntropy, Settings, check_group, fit, share_of
+from modnb.training import check_group, fit, share_of
 
 OBJECTIVES = {"plain": CrossEntropy, "moda": MODA, "moda by class": lambda: MODA(average="classes"),
               "mwt": lambda: MwT(watch=0), "mwt by class": lambda: MwT(watch=0, average="classes")}
@@ -57,7 +59,7 @@ def loss_and_gradients(name, group=None):
 
 def train(name, group=None, **options):
     model = make(name).float()
-    options = dict(epochs=3, batch_size=8, lr=0.05, device="cpu", evaluate_every=0) | options
+    options = dict(epochs=3, batch_size=8, lr=0.05, device="cpu", evaluate_every=0, precision="float32") | options
     history = fit(model, images(), OBJECTIVES[name](), process_group=group, **options)
     return {"rows": [{k: v for k, v in row.items() if k != "seconds"} for row in history.rows],
             "state": model.state_dict()}
@@ -73,7 +75,7 @@ def work(folder):
         for gradient in gradients: dist.all_reduce(gradient)
         found[name] = {"terms": {k: v.item() for k, v in terms.items()}, "gradients": [g / 2 for g in gradients]}
         found[name] |= {"fit": train(name, group, checkpoint=Path(folder) / f"{name}.ckpt")}
-    odd = Settings(1, 9, .1, .9, True, 0., "cosine", "epoch", True, 0, "float32", False, False, 1, None)
+    odd = Settings(epochs=1, batch_size=9, lr=.1)
     try: check_group(group, odd)
     except ValueError as error: found["odd"] = str(error)
     torch.save(found, Path(folder) / f"{dist.get_rank()}.pt")

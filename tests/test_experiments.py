@@ -12,9 +12,9 @@ import pytest
 from modnb.lab.matrix import check_cells, read_matrix, study_cells
 from modnb.lab.results import compare_systems, layer_rows, read_layers, read_rows, read_study
 from modnb.lab.running import NotebookFailed, notebook_parameters, run_notebook
-from modnb.lab.samples import draw_subtasks
 from modnb.lab.trained import load_trained
 from modnb.masks import ModuleMasks
+from modnb.subtasks import draw_subtasks
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 NOTEBOOKS = sorted(EXPERIMENTS.glob("*.ipynb"))

@@ -18,8 +18,9 @@ from modnb.data import Split
 from modnb.lab.explorer import ANSWERS, PAGE, class_bits, explorer, explorer_data, picture
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops
-from modnb.moda.reuse import all_subtasks, evaluate_subtasks
+from modnb.subtasks import all_subtasks
 from modnb.training import evaluate
+from modnb.walk import evaluate_subtasks
 
 CLASSES = ["a<b", "b", "c", "d"]
 

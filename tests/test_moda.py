@@ -23,8 +23,9 @@ from modnb.moda.losses import (
     unit_activations,
 )
 from modnb.models import create_model
+from modnb.objectives import CrossEntropy
 from modnb.similarity import AVERAGES
-from modnb.training import CrossEntropy, fit
+from modnb.training import fit
 from modnb.units import observe, unit_sites
 
 batch = st.fixed_dictionaries({

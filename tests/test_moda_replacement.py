@@ -33,7 +33,8 @@ from modnb.moda.replacement import (
     weak_classes,
 )
 from modnb.models import create_model
-from modnb.training import CrossEntropy, evaluate, predict
+from modnb.objectives import CrossEntropy
+from modnb.prediction import evaluate, predict
 from modnb.units import unit_sites
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"

@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from modnb.data import Split, load_dataset
 from modnb.extract import masked
+from modnb.lab.matrix import read_matrix, study_cells
+from modnb.lab.published import read_published
+from modnb.lab.running import notebook_parameters
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 from modnb.mwt.generators import (
@@ -38,14 +42,7 @@ from modnb.mwt.losses import (
     mask_health,
     published_weights,
 )
-from modnb.mwt.modularize import (
-    Recording,
-    batch_modularity,
-    mask_statistics,
-    measure,
-    modularize,
-    sample_masks,
-)
+from modnb.mwt.modularize import Recording, batch_modularity, mask_statistics, measure, modularize, sample_masks
 from modnb.mwt.reuse import (
     Reuser,
     compare_reuse,
@@ -53,12 +50,15 @@ from modnb.mwt.reuse import (
     fine_tune_selected_on_test,
     fold_masks,
     mean_masks,
-    random_subtasks,
     renormalise,
 )
+from modnb.objectives import CrossEntropy
+from modnb.prediction import evaluate
 from modnb.similarity import AVERAGES
-from modnb.training import CrossEntropy, evaluate, fit
+from modnb.training import fit
 from modnb.units import unit_sites
+
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 ARCHITECTURES = {"vgg12": ({}, 16), "resnet18": ({}, 32), "simcnn": ({"batch_norm": True}, 32),
                  "rescnn": ({"batch_norm": True}, 32), "mobilenet": ({}, 32), "lenet5": ({}, 32)}
@@ -363,6 +363,21 @@ def test_weights_and_settings():
     assert repr(MwT()) == "MwT(average='pairs', w_cohesion=0.5, w_coupling=1.5)" and "warmup" in repr(MwT(warmup=0.1))
 
 
+def test_published_weights_are_said_once():
+    "The printed table and the study that trains by it follow `PUBLISHED_WEIGHTS`"
+    printed = {}
+    for row in read_published("mwt_table1").itertuples():
+        printed.setdefault((row.model, row.dataset), {})["w_" + row.metric.removesuffix("_weight")] = row.value
+    assert printed == {pair: published_weights(*pair) for pair in PUBLISHED_WEIGHTS}
+    matrix, usual = read_matrix(EXPERIMENTS / "matrix.yaml"), notebook_parameters(EXPERIMENTS / "train.ipynb")
+    trained = {}
+    for train in (usual | cell.train for cell in study_cells(matrix, "mwt_published", usual)):
+        weights = {name: train[name] for name in ("w_cohesion", "w_coupling")}
+        if train["system"] == "mwt": trained.setdefault((train["model"], train["dataset"]), []).append(weights)
+    assert trained.keys() == PUBLISHED_WEIGHTS.keys()
+    for pair, found in trained.items(): assert found == [published_weights(*pair)] * 3, pair
+
+
 # Modularizing
 
 
@@ -615,13 +630,3 @@ def test_bad_subtasks_and_masks(trained):
     wide = create_model("vgg12", width=0.25)
     with pytest.raises(ValueError, match="another model"):
         Reuser(add_mask_generators(wide, data.example()), masks, data.example())
-
-
-@settings(max_examples=20, deadline=None)
-@given(st.integers(2, 6), st.integers(1, 20), st.integers(0, 9))
-def test_random_subtasks_are_different_and_repeat(size, number, seed):
-    known = list("abcdef")
-    drawn = random_subtasks(known, size, number, seed)
-    assert drawn == random_subtasks(known, size, number, seed)
-    assert len(drawn) == min(number, math.comb(6, size)) == len({tuple(classes) for classes in drawn})
-    assert all(classes == sorted(classes) and len(classes) == size for classes in drawn)

@@ -9,13 +9,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 
+from modnb.checkpoints import read_checkpoint
 from modnb.data import load_dataset
 from modnb.models import create_model
 from modnb.mwt.generators import add_mask_generators, mask_generators, observe_masks
 from modnb.mwt.losses import MwT, cohesion_loss, coupling_loss
 from modnb.mwt.modularize import Recording
 from modnb.mwt.stability import Damp, SteadyMwT, damp_masks
-from modnb.training import fit, predict, read_checkpoint
+from modnb.prediction import predict
+from modnb.training import fit
 
 
 @pytest.fixture(scope="module")

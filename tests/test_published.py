@@ -72,12 +72,15 @@ def test_a_built_package_has_the_tables(tmp_path):
     assert ran.returncode == 0, ran.stderr[-2000:]
     built = tmp_path / "build/lib/modnb/lab/published_tables"
     assert sorted(path.stem for path in built.glob("*.csv")) == sorted(TABLES)
-    code = (f"import sys; sys.path.insert(0, {str(built.parents[1])!r}); "
+    for folder in ("facts", "page"):
+        there = sorted(path.name for path in (ROOT / "modnb/lab" / folder).iterdir())
+        assert there and sorted(path.name for path in (built.parent / folder).iterdir()) == there
+    code = (f"import sys; sys.path.insert(0, {str(built.parents[2])!r}); "
             "from importlib.resources import files; import modnb; "
             "print(modnb.__file__, len(list((files('modnb.lab') / 'published_tables').iterdir())))")
     alone = {"cwd": tmp_path, "capture_output": True, "text": True, "check": True, "env": {}}
     found = subprocess.run([sys.executable, "-S", "-c", code], **alone).stdout.split()
-    assert found == [str(built.parent / "__init__.py"), str(len(TABLES))]
+    assert found == [str(built.parents[1] / "__init__.py"), str(len(TABLES))]
 
 
 @each_table
@@ -136,8 +139,8 @@ def test_only_moda_prints_a_spread():
 
 def test_unknown_tables_are_refused():
     for wrong in ("mwt_table9", "MwT table 2", "", "../setup"):
-        with pytest.raises(ValueError, match="there is no published table"): read_published(wrong)
-        with pytest.raises(ValueError, match="there is no published table"): beside(pandas.DataFrame(), wrong)
+        with pytest.raises(ValueError, match="no published table"): read_published(wrong)
+        with pytest.raises(ValueError, match="no published table"): beside(pandas.DataFrame(), wrong)
     with pytest.raises(ValueError, match="Did you mean 'mwt_table2'"): table_text("mwt_tabel2")
 
 

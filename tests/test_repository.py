@@ -100,7 +100,6 @@ def written_in() -> dict[str, Path]:
 
 WRITTEN_IN = written_in()
 FOLDERS = sorted({path.parts[0] for path in WRITTEN_IN.values() if len(path.parts) == 2})
-METHODS = [folder for folder in FOLDERS if folder != "lab"]
 
 
 def floor(module: str) -> int:
@@ -141,6 +140,32 @@ def test_imports_point_downwards():
             assert floor(other) <= floor(module), f"{module} imports {other}, which lies above it"
             methods = {m.split(".")[0] for m in (module, other) if floor(m) == 2}
             assert len(methods) <= 1, f"{module} imports {other}: a method never imports another"
+
+
+def test_the_ground_is_read_in_the_order_of_its_imports():
+    place = {module: path.name for module, path in WRITTEN_IN.items() if path.name[0] == "0" and len(path.parts) == 1}
+    for module, name in place.items():
+        for other in imported_modules(ROOT / f"modnb/{module}.py") & place.keys():
+            assert place[other] < name, f"{name} imports {other}, which comes after it"
+
+
+def defined_names(module: Path) -> set[str]:
+    values = [node.value for node in ast.parse(module.read_text()).body
+              if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__"]
+    return {name for value in values for name in ast.literal_eval(value)}
+
+
+def test_imports_name_the_module_that_defines():
+    "`modnb.training` hands names of other modules on, to users; the library asks the modules themselves"
+    defined = {module: defined_names(ROOT / "modnb" / f"{module.replace('.', '/')}.py") for module in WRITTEN_IN}
+    for path in sorted((ROOT / "modnb").rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not isinstance(node, ast.ImportFrom): continue
+            base = path.relative_to(ROOT).parts[:-1]
+            full = ".".join([*base[:len(base) - node.level + 1], node.module or ""]) if node.level else str(node.module)
+            names = defined.get(full.removeprefix("modnb."))
+            for alias in node.names if names else []:
+                assert alias.name in names or alias.name.startswith("_"), f"{path.name}: {alias.name} is not {full}'s"
 
 
 def test_relative_imports_are_understood():

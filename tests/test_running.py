@@ -27,7 +27,8 @@ from modnb.lab.running import (
     read_value,
     run_notebook,
 )
-from modnb.lab.samples import draw_images, draw_subtasks, read_sizes
+from modnb.lab.samples import draw_images
+from modnb.subtasks import draw_subtasks, read_sizes
 
 IMPORTS = "from modnb.lab.running import check_parameters"
 PARAMETERS = "epochs = 5  # passes\nlr = 0.1  # rate\nname = 'a'  # text\nflip = None  # or a truth value"

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import CountOperations, gathered_mean_cosines, slow_mean_cosines
 
-from modnb.similarity import AVERAGES, cosine_losses, layer_indicator, mean_cosines, one_hot, pair_weights
+from modnb.devices import one_hot
+from modnb.similarity import AVERAGES, cosine_losses, layer_indicator, mean_cosines, pair_weights
 
 VGG16_WIDTHS = [64, 128, 128, 256, 256, 256, *[512] * 6] # the twelve masked layers
 RESNET18_WIDTHS = [*[64] * 4, *[128] * 5, *[256] * 5, *[512] * 5] # the nineteen

@@ -63,26 +63,26 @@ def test_exports_are_documented_and_their_code_can_be_opened():
 
 
 def test_links():
-    here, below = Path("14_metrics.ipynb"), Path("experiments/train.ipynb")
-    text = f"[`extract`]({build.HOME}/extract.html#extract), [next](13_similarity.ipynb#why), [other](https://example.org)"
+    here, below = Path("15_metrics.ipynb"), Path("experiments/train.ipynb")
+    text = f"[`extract`]({build.HOME}/extract.html#extract), [next](14_similarity.ipynb#why), [other](https://example.org)"
     assert build.site_links(text, here) == (
         "[`extract`](extract.ipynb#extract), [next](similarity.ipynb#why), [other](https://example.org)")
-    assert build.site_links("[a](../12_extract.ipynb) [b](report.ipynb)", below) == (
+    assert build.site_links("[a](../13_extract.ipynb) [b](report.ipynb)", below) == (
         "[a](../extract.ipynb) [b](../experiments/report.ipynb)")
     assert build.site_links("[rows](../results/demo.csv)", here) == f"[rows]({build.FILES}/results/demo.csv)"
     assert build.site_links("[all](../../results/demo.csv)", below) == f"[all]({build.FILES}/results/demo.csv)"
     assert build.site_links("[m](matrix.yaml)", below) == f"[m]({build.FILES}/nbs/experiments/matrix.yaml)"
     assert build.site_links("![x](images/masks.png)", Path("index.ipynb")) == "![x](images/masks.png)"
-    assert build.site_links("[t](12_extract.ipynb)", here, ".html") == "[t](extract.html)"
-    text = "[a](12_extract.ipynb) ![b](images/x.png) [c](../results/demo.csv) [d](https://example.org)"
+    assert build.site_links("[t](13_extract.ipynb)", here, ".html") == "[t](extract.html)"
+    text = "[a](13_extract.ipynb) ![b](images/x.png) [c](../results/demo.csv) [d](https://example.org)"
     assert build.readme_links(text) == (
-        "[a](nbs/12_extract.ipynb) ![b](nbs/images/x.png) [c](results/demo.csv) [d](https://example.org)")
-    assert build.readme_links(f"[`extract`]({build.HOME}/extract.html#extract)") == "[`extract`](nbs/12_extract.ipynb)"
+        "[a](nbs/13_extract.ipynb) ![b](nbs/images/x.png) [c](results/demo.csv) [d](https://example.org)")
+    assert build.readme_links(f"[`extract`]({build.HOME}/extract.html#extract)") == "[`extract`](nbs/13_extract.ipynb)"
 
 
 def test_names_inside_links_stay():
-    text = "`compose` and [`compose`](15_compose.ipynb), ![`compose`](x.png)"
-    assert build.outside_links(text, str.upper) == "`COMPOSE` AND [`compose`](15_compose.ipynb), ![`compose`](x.png)"
+    text = "`compose` and [`compose`](16_compose.ipynb), ![`compose`](x.png)"
+    assert build.outside_links(text, str.upper) == "`COMPOSE` AND [`compose`](16_compose.ipynb), ![`compose`](x.png)"
 
 
 def test_callouts():
@@ -176,7 +176,7 @@ def test_every_notebook_has_a_place():
     assert "More" not in build.groups(), "notebooks that no group of docs/pages.py takes"
     for name in EXPERIMENTS: assert (NBS / f"experiments/{name}.ipynb").exists(), "docs/pages.py: EXPERIMENTS"
     places = {"index": "Start here", "explore": "Start here", "tutorials/01_x": "Start here",
-              "explanations/01_x": "Explanations", "12_extract": "Shared vocabulary", "other/x": "More",
+              "explanations/01_x": "Explanations", "13_extract": "Shared vocabulary", "other/x": "More",
               "experiments/train": "Experiments", "moda/00_losses": "MODA", "lab/00_running": "The lab",
               "findings/01_measured": "Findings", "90_files": "Utilities"}
     assert {name: group_of(Path(f"{name}.ipynb")) for name in places} == places

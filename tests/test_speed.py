@@ -1,5 +1,7 @@
 """A training step: no operation that waits for the device, one graph, and the same result as the plain loop."""
 
+import subprocess
+import sys
 import warnings
 from dataclasses import replace
 from itertools import product
@@ -8,42 +10,25 @@ import pytest
 import torch
 import torch._dynamo.testing
 from references import CountOperations
-from torch._dynamo.exc import TorchDynamoException
 
+from modnb.checkpoints import read_checkpoint
 from modnb.data import load_dataset
 from modnb.maps import scale_maps
 from modnb.moda.losses import MODA
 from modnb.models import create_model
-from modnb.mwt.generators import (
-    MaskGenerator,
-    add_mask_generators,
-    fuse_scaling,
-    mask_generators,
-    observe_masks,
-)
+from modnb.mwt.generators import MaskGenerator, add_mask_generators, fuse_scaling, mask_generators, observe_masks
 from modnb.mwt.losses import MwT
 from modnb.mwt.modularize import Recording
 from modnb.mwt.stability import damp_masks
-from modnb.training import (
-    CrossEntropy,
-    Settings,
-    fit,
-    forward_pass,
-    make_forward,
-    make_optimizer,
-    prepare_network,
-    read_checkpoint,
-    train_step,
-)
+from modnb.objectives import CrossEntropy
+from modnb.settings import Settings
+from modnb.training import Loop, fit, forward_pass, make_forward, make_optimizer, prepare_network, train_step
 from modnb.units import observe, unit_sites
 
 OBJECTIVES = {"plain": CrossEntropy, "moda": MODA, "mwt": MwT, "recorded": lambda: Recording(MwT())}
 MODELS = {"vgg12": 16, "resnet18": 32, "mobilenet": 32}
 each_method = pytest.mark.parametrize("method", OBJECTIVES)
-KNOBS = Settings(
-    epochs=1, batch_size=16, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.0, schedule="cosine",
-    schedule_step="epoch", augment=True, seed=0, precision="float32", channels_last=True, drop_last=False,
-    evaluate_every=1, max_norm=None)
+KNOBS = Settings(epochs=1, batch_size=16, channels_last=True)
 WAITING = ("nonzero", "masked_select", "index.", "_local_scalar_dense", "item", "is_nonzero", "unique", "equal.")
 
 
@@ -71,8 +56,9 @@ def step_of(method, name, knobs=KNOBS, images=16):
     size, model, objective = MODELS[name], modular(method, name).train(), OBJECTIVES[method]()
     x = torch.randn(images, 3, size, size, generator=torch.Generator().manual_seed(0))
     labels, optimizer = torch.arange(images) % 10, make_optimizer(model, knobs)
-    forward = forward_pass(prepare_network(model, objective, x[:2], 10), objective, knobs)
-    return lambda: train_step(forward, optimizer, x, labels, knobs), forward, (x, labels)
+    forward = forward_pass(prepare_network(model, objective, x[:2], 10), objective, knobs.precision)
+    loop = Loop(forward, optimizer, knobs)
+    return lambda: train_step(loop, x, labels), forward, (x, labels)
 
 
 @each_method
@@ -202,9 +188,10 @@ def test_old_checkpoints_name_the_same_run(digits, tmp_path):
         fit(modular("plain"), digits, epochs=1, device="cpu", checkpoint=path, fast=False)
 
 
-def test_a_compiler_that_fails_is_told_and_left_alone(monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError, OSError, AssertionError])
+def test_a_compiler_that_fails_is_told_and_left_alone(error, monkeypatch):
     def broken(function, **options):
-        def call(*arguments): raise TorchDynamoException("no compiler here")
+        def call(*arguments): raise error("no compiler here")
         return call
 
     model, x, labels = create_model("lenet5", image_size=16, seed=0), torch.randn(4, 3, 16, 16), torch.arange(4)
@@ -214,6 +201,39 @@ def test_a_compiler_that_fails_is_told_and_left_alone(monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert torch.equal(forward(x, labels)[1], first[1])
+
+
+class BreaksBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x): return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient): raise RuntimeError("no compiler for the way back")
+
+
+def test_a_compiler_that_fails_on_the_way_back_changes_nothing(monkeypatch):
+    def broken(function, **options):
+        def call(*arguments):
+            logits, loss, terms = function(*arguments)
+            return logits, BreaksBackward.apply(loss), terms
+        return call
+
+    x, labels, ends = torch.randn(4, 3, 16, 16), torch.arange(4), []
+    monkeypatch.setattr(torch, "compile", broken)
+    for compiled in (True, False):
+        model, knobs = create_model("lenet5", image_size=16, seed=0), replace(KNOBS, compile=compiled)
+        loop = Loop(make_forward(model, CrossEntropy(), x[:2], 10, knobs, 4), make_optimizer(model, knobs), knobs)
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            for _ in range(2): train_step(loop, x, labels)
+        assert [str(warning.message).endswith("no compiler for the way back") for warning in told] == [True] * compiled
+        ends.append(model.state_dict())
+    for name, value in ends[0].items(): assert torch.equal(value, ends[1][name]), name
+
+
+def test_the_compiler_is_not_loaded_before_it_is_asked_for():
+    code = "import sys, modnb.compose, modnb.training; sys.exit('torch._dynamo' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_batches_of_another_size_are_not_compiled_for(monkeypatch):
@@ -314,10 +334,11 @@ def test_no_synchronisation_on_cuda(digits, method):
     x, labels = torch.randn(16, 3, 16, 16, device="cuda"), torch.arange(16, device="cuda") % 10
     knobs = replace(KNOBS, precision="bfloat16", max_norm=1.0)
     optimizer = make_optimizer(model, knobs)
-    forward = forward_pass(prepare_network(model, objective, x[:2], 10), objective, knobs)
-    for _ in range(2): train_step(forward, optimizer, x, labels, knobs)
+    forward = forward_pass(prepare_network(model, objective, x[:2], 10), objective, knobs.precision)
+    loop = Loop(forward, optimizer, knobs)
+    for _ in range(2): train_step(loop, x, labels)
     torch.cuda.set_sync_debug_mode("error")
-    try: train_step(forward, optimizer, x, labels, knobs)
+    try: train_step(loop, x, labels)
     finally: torch.cuda.set_sync_debug_mode("default")
 
 

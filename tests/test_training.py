@@ -19,42 +19,19 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import modnb.devices
 import modnb.files
-import modnb.training
+from modnb.checkpoints import History, load_checkpoint, read_checkpoint
 from modnb.data import ImageData, Split, batches, load_dataset
+from modnb.devices import training_precision
 from modnb.files import load_tensors, save_tensors
 from modnb.models import create_model
-from modnb.training import (
-    COLUMNS,
-    SCHEDULES,
-    CrossEntropy,
-    History,
-    Objective,
-    Settings,
-    TrainingDiverged,
-    Unobserved,
-    WeightedTerms,
-    count_steps,
-    epoch_seed,
-    evaluate,
-    fit,
-    forward_pass,
-    learning_rates,
-    load_checkpoint,
-    make_optimizer,
-    predict,
-    read_checkpoint,
-    rise,
-    run_epoch,
-    training_precision,
-    wants_progress,
-)
+from modnb.objectives import COLUMNS, CrossEntropy, Objective, Unobserved, WeightedTerms, rise
+from modnb.prediction import evaluate, predict
+from modnb.progress import wants_progress
+from modnb.settings import SCHEDULES, Settings, epoch_seed, learning_rates
+from modnb.training import Loop, TrainingDiverged, count_steps, fit, forward_pass, make_optimizer, run_epoch
 from modnb.units import observe
-
-KNOBS = dict(
-    epochs=200, batch_size=128, lr=0.05, momentum=0.9, nesterov=True, weight_decay=0.0, schedule="cosine",
-    schedule_step="epoch", augment=True, seed=0, precision="float32", channels_last=True, drop_last=False,
-    evaluate_every=1, max_norm=None)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -131,7 +108,7 @@ def torch_schedule(make, lr, steps):
 @settings(max_examples=30, deadline=None)
 @given(epochs=st.integers(1, 200), lr=st.floats(1e-4, 1))
 def test_cosine_is_torchs(epochs, lr):
-    knobs = Settings(**KNOBS | dict(epochs=epochs, lr=lr))
+    knobs = Settings(epochs=epochs, lr=lr)
     ours = [learning_rates(knobs, epoch, 1)[0] for epoch in range(1, epochs + 1)]
     make = lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, epochs)
     assert ours == pytest.approx(torch_schedule(make, lr, epochs), rel=1e-6, abs=1e-9)
@@ -140,7 +117,7 @@ def test_cosine_is_torchs(epochs, lr):
 @settings(max_examples=30, deadline=None)
 @given(epochs=st.integers(1, 12), steps=st.integers(1, 20), lr=st.floats(1e-4, 1))
 def test_onecycle_is_torchs(epochs, steps, lr):
-    knobs = Settings(**KNOBS | dict(epochs=epochs, lr=lr, schedule="onecycle"))
+    knobs = Settings(epochs=epochs, lr=lr, schedule="onecycle")
     ours = [rate for epoch in range(1, epochs + 1) for rate in learning_rates(knobs, epoch, steps)]
     make = lambda optimizer: torch.optim.lr_scheduler.OneCycleLR(
         optimizer, lr, total_steps=epochs * steps, pct_start=0.3, cycle_momentum=False)
@@ -159,8 +136,8 @@ def test_a_schedule_is_a_fraction(schedule, steps, data):
 
 
 def test_cosine_by_batch_is_finer_than_by_epoch():
-    by_epoch = learning_rates(Settings(**KNOBS), 100, 5)
-    by_batch = learning_rates(Settings(**KNOBS | dict(schedule_step="batch")), 100, 5)
+    by_epoch = learning_rates(Settings(), 100, 5)
+    by_batch = learning_rates(Settings(schedule_step="batch"), 100, 5)
     assert len({*by_epoch}) == 1 and by_batch[0] == pytest.approx(by_epoch[0])
     assert by_batch == sorted(by_batch, reverse=True) and len({*by_batch}) == 5
 
@@ -190,23 +167,26 @@ def test_fit_is_the_loop_written_by_hand(few, channels_last):
 # Precision
 
 
-def test_precision_is_that_of_the_processor_unless_told(few, monkeypatch):
-    "bfloat16 where it has instructions for it and no convolution is in groups; accuracies stay float32"
+def test_precision_is_that_of_the_processor_unless_told(few, tmp_path, monkeypatch):
+    "bfloat16 where it has instructions for it, not in groups or for small images; accuracies stay float32"
     grouped = nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 14 * 14, 10))
     for able in (True, False):
-        monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device, able=able: able)
+        monkeypatch.setattr(modnb.devices, "has_bfloat16", lambda device, able=able: able)
         assert training_precision(torch.device("cpu"), make_net()) == ("bfloat16" if able else "float32")
         assert training_precision(torch.device("cpu"), grouped) == "float32"
-    monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device: True)
+        assert training_precision(torch.device("cpu"), make_net(), side=16) == "float32"
+    monkeypatch.setattr(modnb.devices, "has_bfloat16", lambda device: True)
+    train(make_net(), few, precision=None, epochs=1, checkpoint=tmp_path / "run") # digits of 16 pixels
+    assert read_checkpoint(tmp_path / "run").run["precision"] == "float32"
     model = make_net()
-    row = train(model, few, precision=None, epochs=2).last
+    row = train(model, few, precision="bfloat16", epochs=2).last
     assert row["valid_accuracy"] == evaluate(model, few.valid, precision="float32")
     exact = train(make_net(), few, epochs=2).last["loss"]
     assert row["loss"] != exact and row["loss"] == pytest.approx(exact, rel=0.05)
 
 
 def test_bfloat16_without_instructions_works_with_a_warning(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(modnb.training, "has_bfloat16", lambda device: False)
+    monkeypatch.setattr(modnb.devices, "has_bfloat16", lambda device: False)
     with pytest.warns(UserWarning, match="no instructions for it"):
         train(make_net(), few, precision="bfloat16", epochs=1, checkpoint=tmp_path / "run")
     assert read_checkpoint(tmp_path / "run").run["precision"] == "bfloat16"
@@ -347,10 +327,10 @@ class CountsReads(TorchDispatchMode):
 
 
 def test_a_step_asks_the_device_for_nothing(few):
-    model, knobs = make_net(), Settings(**KNOBS | dict(batch_size=8, channels_last=False, max_norm=1.0))
+    model, knobs = make_net(), Settings(batch_size=8, max_norm=1.0)
     optimizer = make_optimizer(model, knobs)
-    forward = forward_pass(Unobserved(model), CrossEntropy(), knobs)
-    with CountsReads() as counter: run_epoch(forward, optimizer, few.train, knobs, 1)
+    loop = Loop(forward_pass(Unobserved(model), CrossEntropy()), optimizer, knobs)
+    with CountsReads() as counter: run_epoch(loop, few.train, 1)
     assert counter.reads == 0
     with CountsReads() as counter: torch.ones(3).sum().item()
     assert counter.reads == 1

@@ -15,7 +15,7 @@ from tqdm import tqdm
 from .importance import Segment
 from .outputs import ModuleRunner
 from ..data import Split
-from ..training import wants_progress
+from ..progress import wants_progress
 
 # %% ../../nbs/cnnsplitter/02_sensitivity.ipynb #842d1d4f
 SHARES = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)

@@ -4,29 +4,30 @@
 
 # %% auto #0
 __all__ = ['SVHN_STRONG', 'SVHN_WEAK', 'CIFAR100_NINE', 'DIVISIONS', 'KINDS', 'STRONG', 'WEAK_TRAINING', 'SIMPLE_OF', 'ordered',
-           'check_share', 'draw_share', 'weak_data', 'svhn_weak', 'nine_classes', 'first_or_drawn', 'join',
-           'weak_cifar', 'conv_side', 'simple_simcnn', 'simple_rescnn', 'weak_settings', 'best_and_half',
-           'train_keeping', 'no_dropout', 'weak_models']
+           'draw_share', 'weak_data', 'svhn_weak', 'nine_classes', 'first_or_drawn', 'join', 'weak_cifar', 'conv_side',
+           'simple_simcnn', 'simple_rescnn', 'weak_settings', 'best_and_half', 'train_keeping', 'no_dropout',
+           'weak_models']
 
 # %% ../../nbs/cnnsplitter/06_weak.ipynb #6861cbdb
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
 from numpy.random import RandomState
 from torch import Tensor, nn
 
+from ..checkpoints import History
+from ..checks import check_number, choose
 from modnb.data import (
-    ImageData, MissingDataset, Split, choose, class_index, class_indices, hold_out, load_dataset, pick_device,
-    whole_number,
+    ImageData, MissingDataset, Split, class_index, class_indices, hold_out, load_dataset, pick_device,
 )
+from ..devices import default_precision
 from ..models import Residual, assemble, chain, conv_layer, create_model, register_model, scaled
-from modnb.training import (
-    CrossEntropy, History, Settings, TrainingDiverged, check_inputs, default_precision, find_not_finite, make_optimizer,
-    run_epochs,
-)
+from ..objectives import CrossEntropy
+from ..settings import Settings
+from ..training import check_inputs, in_training, run_epochs
 
 # %% ../../nbs/cnnsplitter/06_weak.ipynb #be04db8c
 def ordered(
@@ -39,14 +40,7 @@ def ordered(
     labels = renumbered[split.labels]
     return replace(split, labels=labels, classes=[split.classes[c] for c in columns]).select(labels >= 0)
 
-def check_share(
-    name: str, # of the argument, for the message
-    share: float,
-) -> float: # the same
-    "Refuse anything but 0 < share <= 1; raises ValueError."
-    if isinstance(share, int | float) and not isinstance(share, bool) and 0 < share <= 1: return share
-    raise ValueError(f"{name} must be above 0 and at most 1, not {share!r}")
-
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #36dd08be
 def draw_share(
     split: Split,
     shares: Sequence[float], # of each class, above 0 and at most 1; at least one image
@@ -73,8 +67,8 @@ def weak_data(
     "Make data for a weak network; ValueError for unknown classes and bad shares (CNNSplitter Sec. 5.2)."
     others, last = class_indices(classes, data.classes), class_index(target, data.classes)
     if last in others: raise ValueError(f"the target {data.classes[last]!r} is among the other classes")
-    share = check_share("share", share)
-    last_share = share if target_share is None else check_share("target_share", target_share)
+    share = check_number("share", share, 0, 1, above=True)
+    last_share = share if target_share is None else check_number("target_share", target_share, 0, 1, above=True)
     chosen = data.map(lambda split: ordered(split, [*others, last]))
     train = draw_share(chosen.train, [share] * len(others) + [last_share], seed)
     if len(chosen.valid): return replace(chosen, train=train)
@@ -132,6 +126,7 @@ def first_or_drawn(
         picked.append(members[:count] if random is None else members[random.permutation(len(members))[:count]])
     return torch.stack(picked)
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #215a08e5
 def join(
     first: Split, # gives mean, deviation, crop and flip
     second: Split, # its classes come after those of the first
@@ -155,7 +150,7 @@ def weak_cifar(
 ) -> ImageData: # the nine classes of CIFAR-100 and the target, normalised as CIFAR-10
     "Join nine classes of CIFAR-100 and one of CIFAR-10; ValueError where images are too few (CNNSplitter Sec. 5.2)."
     counts = DIVISIONS[choose(division, list(DIVISIONS), "division")] if isinstance(division, str) else tuple(division)
-    train, valid, test = (whole_number("number of images", count, 1) for count in counts)
+    train, valid, test = (check_number("number of images", count, 1, whole=True) for count in counts)
     device = pick_device(device)
     if ten is None: ten = load_dataset("cifar10", root, image_size=image_size, device=device, download=download)
     if nine is None: nine = nine_classes(root, image_size, device, download)
@@ -184,6 +179,7 @@ def conv_side(
     raise ValueError(f"{convolutions} convolutions of {kernel_size}x{kernel_size} with padding {padding}, each with a "
                      f"2x2 pool, leave nothing of an image of {side} pixels")
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #c982ce0d
 @register_model()
 def simple_simcnn(
     num_classes: int, # outputs
@@ -248,11 +244,9 @@ def weak_settings(
     choose(kind, KINDS, "kind of weak network")
     choose(recipe, list(WEAK_TRAINING), "recipe")
     device = pick_device(device)
-    knobs = {"batch_size": 128, "schedule_step": "epoch", "seed": seed, "precision": default_precision(device),
-             "channels_last": device.type in ("cpu", "cuda"), "drop_last": False, "evaluate_every": 1, "max_norm": None}
-    knobs |= WEAK_TRAINING[recipe]["simple" if kind == "simple" else "poor"]
-    for name in changes: choose(name, list(knobs), "knob of the training")
-    return Settings(**knobs | changes)
+    knobs = {"seed": seed, "precision": default_precision(device), "channels_last": device.type in ("cpu", "cuda")}
+    for name in changes: choose(name, (field.name for field in fields(Settings)), "knob of the training")
+    return Settings(**knobs | WEAK_TRAINING[recipe]["simple" if kind == "simple" else "poor"] | changes)
 
 # %% ../../nbs/cnnsplitter/06_weak.ipynb #297ae29e
 def best_and_half(
@@ -274,18 +268,13 @@ def train_keeping(
     if settings.epochs < 1: raise ValueError("without an epoch there is no best one; epochs must be at least 1")
     if not len(data.valid): raise ValueError(f"{data.name!r} has no validation images to choose an epoch by")
     history, kept, late = History(), {}, settings.epochs // 2 if half else 0
-    try:
-        model.to(memory_format=torch.channels_last if settings.channels_last else torch.contiguous_format)
-        optimizer = make_optimizer(model, settings)
-        for row in run_epochs(model, data, CrossEntropy(), optimizer, settings, progress=progress):
-            if broken := find_not_finite(row, model): raise TrainingDiverged(row["epoch"], broken, history)
-            history.rows.append(row)
+    with in_training(model, settings) as optimizer:
+        for row in run_epochs(model, data, CrossEntropy(), optimizer, settings, history, progress):
             best, middle = best_and_half(history.column("valid_accuracy"))
             if row["epoch"] == best or row["epoch"] <= late:
                 kept[row["epoch"]] = {name: tensor.to("cpu", copy=True) for name, tensor in model.state_dict().items()}
             kept = {epoch: state for epoch, state in kept.items() if epoch == best or middle <= epoch <= late}
         model.load_state_dict(kept[best])
-    finally: model.to(memory_format=torch.contiguous_format).eval()
     return history, {epoch: kept[epoch] for epoch in ({middle, best} if half else {best})}
 
 # %% ../../nbs/cnnsplitter/06_weak.ipynb #dd774930

@@ -5,23 +5,22 @@
 # %% auto #0
 __all__ = ['ANY', 'PLAIN', 'KERNEL_START', 'declared_parameters', 'check_names', 'check_types', 'is_injected', 'declaring_cell',
            'check_parameters', 'parameters_cell', 'notebook_parameters', 'read_value', 'NotebookFailed',
-           'kernel_settings', 'run_notebook', 'canonical', 'config_hash', 'main']
+           'kernel_settings', 'execute', 'held_places', 'run_notebook', 'canonical', 'config_hash', 'main']
 
 # %% ../../nbs/lab/00_running.ipynb #780f0a97
 import ast
 import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import ExitStack
-from difflib import get_close_matches
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import mkdtemp
+from tempfile import TemporaryDirectory
 from typing import Any
 
+from ..checks import did_you_mean
 from ..locks import Taken, assigned_gpu, claimed
 
 # %% ../../nbs/lab/00_running.ipynb #79e73da9
@@ -57,9 +56,8 @@ def check_names(
     declared = list(declared)
     for name in given:
         if name in declared: continue
-        near = get_close_matches(name, declared, n=3)
-        hint = f" Did you mean {' or '.join(map(repr, near))}?" if near else ""
-        raise ValueError(f"{where} has no parameter {name!r}.{hint} It has: {', '.join(declared) or 'none'}.")
+        raise ValueError(f"{where} has no parameter {name!r}.{did_you_mean(name, declared)} "
+                         f"It has: {', '.join(declared) or 'none'}.")
 
 # %% ../../nbs/lab/00_running.ipynb #a80d94c2
 def check_types(
@@ -151,10 +149,47 @@ def kernel_settings(
     if os.name == "nt" or len(os.fsencode(address)) > 90: return {}
     return {"transport": "ipc", "ip": address, "connection_file": address + ".json"}
 
-# %% ../../nbs/lab/00_running.ipynb #3bc6b34c
+# %% ../../nbs/lab/00_running.ipynb #3c1ae397
 KERNEL_START = 600 # seconds a kernel may take to start: on a machine with far more runs than cores, minutes
 
 
+def execute(
+    path: Path, # a notebook
+    output: Path, # the executed notebook
+    parameters: Mapping[str, Any], # name -> value
+    cwd: str | Path | None, # folder in which the notebook runs; None: the present one
+    timeout: int | None, # seconds that one cell may take; None: no limit
+    private: str | Path, # folder for the kernel's sockets
+) -> None:
+    "Let papermill run a notebook; `NotebookFailed` if a cell raises, takes too long or kills the kernel."
+    from nbclient.exceptions import CellTimeoutError, DeadKernelError
+    from papermill import PapermillExecutionError, execute_notebook
+    from traitlets.config import Config
+
+    where = f"\n  executed notebook: {output}"
+    try:
+        execute_notebook(path, output, parameters, progress_bar=False, cwd=cwd, start_timeout=KERNEL_START,
+                         execution_timeout=timeout, config=Config(KernelManager=kernel_settings(private)))
+    except PapermillExecutionError as error:
+        raise NotebookFailed(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}{where}") from None
+    except (DeadKernelError, CellTimeoutError) as error: raise NotebookFailed(f"{path.name}: {error}{where}") from None
+
+# %% ../../nbs/lab/00_running.ipynb #3bc6b34c
+@contextmanager
+def held_places(
+    output: Path, # the executed notebook
+    settings: Mapping[str, Any], # all parameters, of which `out` and `device` count
+    cwd: str | Path | None = None, # folder in which the notebook runs; None: the present one
+) -> Iterator[None]:
+    "Hold what a notebook writes to, and a GPU where it asks for a device; `Taken` if somebody else does."
+    with ExitStack() as held:
+        held.enter_context(claimed(output.with_name(f".{output.name}.running"), str(output)))
+        if settings.get("out", ANY) not in ("", None, ANY):
+            held.enter_context(claimed(Path(cwd or ".", settings["out"], ".running")))
+        if settings.get("device", "cpu") != "cpu": held.enter_context(assigned_gpu())
+        yield
+
+# %% ../../nbs/lab/00_running.ipynb #2ed30802
 def run_notebook(
     path: str | Path, # a notebook with a cell tagged `parameters`
     output: str | Path, # the executed notebook, written after every cell; its folder is made
@@ -163,33 +198,12 @@ def run_notebook(
     timeout: int | None = None, # seconds that one cell may take; None: no limit
 ) -> Path: # `output`
     "Run a notebook; `ValueError` for unknown parameters, `NotebookFailed` if a cell raises, `Taken` if it runs."
-    parameters = dict(parameters or {})
-    declared = notebook_parameters(path)
+    parameters, declared, output = dict(parameters or {}), notebook_parameters(path), Path(output).resolve()
     check_names(parameters, declared, where=Path(path).name)
     check_types(parameters, declared)
-    from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill import PapermillExecutionError, execute_notebook
-    from traitlets.config import Config
-
-    output, given = Path(output).resolve(), declared | parameters
-    private = mkdtemp(prefix="nb")
-    held = ExitStack()
-    try:
-        held.enter_context(claimed(output.with_name(f".{output.name}.running"), str(output)))
-        if given.get("out", ANY) not in ("", None, ANY):
-            held.enter_context(claimed(Path(cwd or ".", given["out"], ".running")))
-        if given.get("device", "cpu") != "cpu": held.enter_context(assigned_gpu())
-        execute_notebook(Path(path).resolve(), output, parameters, progress_bar=False, cwd=cwd,
-                         start_timeout=KERNEL_START, execution_timeout=timeout,
-                         config=Config(KernelManager=kernel_settings(private)))
-    except PapermillExecutionError as error:
-        raise NotebookFailed(f"{Path(path).name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}\n"
-                             f"  executed notebook: {output}") from None
-    except (DeadKernelError, CellTimeoutError) as error:
-        raise NotebookFailed(f"{Path(path).name}: {error}\n  executed notebook: {output}") from None
-    finally:
-        held.close()
-        shutil.rmtree(private, ignore_errors=True)
+    with (TemporaryDirectory(prefix="nb", ignore_cleanup_errors=True) as private,
+          held_places(output, declared | parameters, cwd)):
+        execute(Path(path).resolve(), output, parameters, cwd, timeout, private)
     return output
 
 # %% ../../nbs/lab/00_running.ipynb #de812891

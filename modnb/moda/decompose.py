@@ -12,10 +12,9 @@ import torch
 from torch import Generator, Tensor, nn
 
 from ..data import Split, batches, images_per_class
+from ..devices import evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
 from .losses import unit_activations
-from ..similarity import full_precision, one_hot
-from ..training import evaluating, home_of
 from ..units import observe, unit_sites
 
 # %% ../../nbs/moda/01_decompose.ipynb #b3251963

@@ -12,9 +12,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from ..checks import check_number, choose
+from ..devices import full_precision, one_hot
 from ..maps import with_means
-from ..similarity import AVERAGES, check_rows, cosine_losses, full_precision, inverse, join_rows, one_hot
-from ..training import WeightedTerms
+from ..objectives import WeightedTerms
+from ..similarity import AVERAGES, check_rows, cosine_losses, inverse, join_rows
 from ..units import function_name, layer_of, observe, tap, trace, unit_sites
 
 # %% ../../nbs/moda/00_losses.ipynb #21361f30
@@ -134,10 +136,9 @@ class MODA(WeightedTerms):
     ):
         super().__init__(label_smoothing, warmup)
         for name, value in {"affinity": affinity, "dispersion": dispersion, "compactness": compactness}.items():
-            if not 0 <= value < float("inf"): raise ValueError(f"{name} must be a weight of at least 0, not {value!r}")
-        if average not in AVERAGES: raise ValueError(f"no average {average!r}. There is: {', '.join(AVERAGES)}")
-        if compactness_form not in FORMS:
-            raise ValueError(f"no form of compactness {compactness_form!r}. There is: {', '.join(FORMS)}")
+            check_number(name, value, 0)
+        choose(average, AVERAGES, "average")
+        choose(compactness_form, FORMS, "form of compactness")
         self.affinity, self.dispersion, self.compactness = affinity, dispersion, compactness
         self.average, self.compactness_form = average, compactness_form
         self.sites = None if sites is None else list(sites)

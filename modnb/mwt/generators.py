@@ -16,11 +16,11 @@ from itertools import zip_longest
 import torch
 from torch import Tensor, fx, nn
 
-from ..data import choose
+from ..checks import choose
 from ..maps import scale_maps, with_means
+from ..metrics import count_weights
 from modnb.units import (
-    CONV_LAYERS, function_name, layer_of, name_sites, observe, opaque, overwritten, tap, trace_graph,
-    unit_sites,
+    CONV_LAYERS, function_name, layer_of, name_sites, observe, opaque, overwritten, tap, trace_graph, unit_sites,
 )
 
 # %% ../../nbs/mwt/00_generators.ipynb #c7719a73
@@ -184,8 +184,7 @@ def generator_parameters(
     modular: nn.Module, # with mask generators
 ) -> int: # parameters that the plain network does not have
     "Count the parameters of the mask generators; ValueError for models without any."
-    return sum(parameter.numel() for generator in require_generators(modular).values()
-               for parameter in generator.parameters())
+    return sum(map(count_weights, require_generators(modular).values()))
 
 # %% ../../nbs/mwt/00_generators.ipynb #9ec32b54
 def observe_masks(

@@ -13,10 +13,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..data import choose
+from ..checks import check_number, choose
+from ..devices import one_hot
 from .generators import fuse_scaling, observe_masks
-from ..similarity import AVERAGES, cosine_losses, join_rows, one_hot
-from ..training import WeightedTerms
+from ..objectives import WeightedTerms
+from ..similarity import AVERAGES, cosine_losses, join_rows
 
 # %% ../../nbs/mwt/01_losses.ipynb #f3fd969a
 def cohesion_loss(
@@ -102,7 +103,7 @@ class MwT(WeightedTerms):
     ):
         super().__init__(label_smoothing, warmup)
         for name, value in {"w_cohesion": w_cohesion, "w_coupling": w_coupling, "watch": watch}.items():
-            if not 0 <= value < float("inf"): raise ValueError(f"{name} must be a number of at least 0, not {value!r}")
+            check_number(name, value, 0)
         self.average = choose(average, AVERAGES, "average")
         self.w_cohesion, self.w_coupling = w_cohesion, w_coupling
         self._watch = watch # not public: it does not decide the weights, so a run may resume with another

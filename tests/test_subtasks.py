@@ -1,6 +1,8 @@
 """Sub-tasks: how many, which, and what composed networks reach on them, against composing and evaluating each one."""
 
 import copy
+import hashlib
+import json
 import math
 from itertools import combinations
 
@@ -10,27 +12,28 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from modnb import walk
 from modnb.compose import Composer, compose
 from modnb.data import Split
 from modnb.extract import EmptyModule
 from modnb.masks import ModuleMasks
 from modnb.metrics import count_flops
-from modnb.moda import reuse
-from modnb.moda.reuse import (
-    Family,
-    Runner,
+from modnb.models import create_model
+from modnb.prediction import evaluate, predict
+from modnb.subtasks import (
     all_subtasks,
-    evaluate_subtasks,
-    formula_holds,
+    draw_sizes,
+    draw_subtasks,
     load_subtasks,
+    measure_subtask,
+    measure_whole,
     sample_size,
     sample_subtasks,
     save_subtasks,
     subtask_indices,
 )
-from modnb.models import create_model
-from modnb.training import evaluate, predict
 from modnb.units import unit_sites
+from modnb.walk import Family, Runner, evaluate_subtasks, formula_holds
 
 NAMES = ["ant", "bee", "cat", "dog", "eel"]
 
@@ -181,6 +184,34 @@ def test_lists_survive_a_file(tmp_path):
     with pytest.raises(ValueError, match="no list of sub-tasks"): load_subtasks(tmp_path / "s.json", NAMES)
 
 
+def test_the_draws_are_those_of_every_run_so_far():
+    "Rows of many runs name these sub-tasks; other draws would compare other things"
+    digits, hundred = [str(digit) for digit in range(10)], [f"c{number}" for number in range(100)]
+    assert draw_subtasks(digits, 2, 5) == [["1", "8"], ["1", "3"], ["3", "8"], ["0", "9"], ["1", "2"]]
+    assert draw_sizes(digits, "3,2", 2, 7) == draw_subtasks(digits, 2, 2, 7) + draw_subtasks(digits, 3, 2, 7)
+    drawn = {"digits": [draw_subtasks(digits, size, count, seed) for size in (1, 2, 3, 5, 10) for count in (0, 2, 20)
+                        for seed in (1, 2)],
+             "hundred": [draw_subtasks(hundred, size, 20, seed) for size in (2, 50, 99) for seed in (1, 2)],
+             "samples": [sample_subtasks(digits, seed=seed) for seed in (0, 1)],
+             "all": sample_subtasks(hundred, seed=1)}
+    known = {name: hashlib.sha256(json.dumps(lists).encode()).hexdigest()[:12] for name, lists in drawn.items()}
+    assert known == {"digits": "e6dda9d126b8", "hundred": "dfbddc87239d", "samples": "562514513564",
+                     "all": "b4b325c25535"}
+
+
+@pytest.mark.parametrize("flops", [True, False])
+def test_a_subtask_is_measured_as_composed_and_evaluated(flops):
+    model = lively(NETWORKS["lenet5"]())
+    split = random_split(NAMES, 16, 60)
+    masks = random_masks(model, torch.zeros(2, 3, 16, 16), NAMES, seed=1, share=0.5)
+    composer, subtasks = Composer(model, masks, torch.zeros(2, 3, 16, 16)), all_subtasks(NAMES)[::4]
+    whole = measure_whole(model, split, flops=flops)
+    for expected in naive_rows(model, masks, split, subtasks):
+        wanted = {name: expected[name] for name in ("accuracy", "composed_accuracy", "composed_size")}
+        if flops: wanted["composed_flops"] = expected["composed_flops"]
+        assert measure_subtask(composer(expected["classes"]), split, whole) == wanted
+
+
 # Evaluating them
 
 
@@ -227,7 +258,8 @@ def test_runner_calculates_what_builder_builds(name):
     with torch.no_grad():
         for columns in ([0, 1], [2, 3, 4], [0, 1, 2, 3, 4]):
             runner = Runner(images, torch.arange(9))
-            for node, number in zip(family.nodes, family.read(columns)[0]): runner.step(node, family.state(number))
+            signature = family.read(columns).signature
+            for node, number in zip(family.nodes, signature): runner.step(node, family.states[number])
             outputs = torch.tensor([c in columns for c in range(5)])
             assert torch.equal(runner.take(family.source, outputs), composer(columns)(images))
 
@@ -269,19 +301,19 @@ def test_a_stopped_evaluation_continues_as_if_nothing_had_happened(stop, tmp_pat
     masks = random_masks(model, torch.zeros(2, 3, 16, 16), NAMES, seed=5, share=0.4)
     arguments = model, masks, split, all_subtasks(NAMES)
     wanted = evaluate_subtasks(*arguments, batch_size=20)
-    count, calls = reuse.right_answers, []
+    count, calls = walk.right_answers, []
 
     def killed(*given):
         calls.append(given)
         if len(calls) == 2 * stop + 1: raise KeyboardInterrupt
         return count(*given)
 
-    monkeypatch.setattr(reuse, "right_answers", killed)
+    monkeypatch.setattr(walk, "right_answers", killed)
     path = tmp_path / "answers.safetensors"
     with pytest.raises(KeyboardInterrupt): evaluate_subtasks(*arguments, path, batch_size=20, save_every=0)
     assert path.exists()
     calls.clear()
-    monkeypatch.setattr(reuse, "right_answers", lambda *given: calls.append(given) or count(*given))
+    monkeypatch.setattr(walk, "right_answers", lambda *given: calls.append(given) or count(*given))
     assert evaluate_subtasks(*arguments, path, batch_size=20) == wanted
     assert len(calls) == 2 * (26 * 3 - stop), "what was done is not done again"
     calls.clear()
