@@ -361,12 +361,12 @@ def draw_headline() -> None:
 
 
 def refresh() -> None:
-    "Draw the front page's picture and run the index again, in place, after the results they show have changed"
+    "Draw the front page's picture and run the pages again, in place, that show results that have changed"
     draw_headline()
-    index = NBS / "index.ipynb"
-    run = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(index)]
-    subprocess.run([*run, "--log-level", "WARN"], check=True)
-    subprocess.run([str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(index)], check=True, cwd=ROOT)
+    for page in (NBS / "index.ipynb", NBS / "findings/03_demo.ipynb"):
+        run = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(page)]
+        subprocess.run([*run, "--log-level", "WARN"], check=True)
+        subprocess.run([str(Path(sys.executable).parent / "nbdev_clean"), "--fname", str(page)], check=True, cwd=ROOT)
 
 
 if __name__ == "__main__":

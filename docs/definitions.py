@@ -54,7 +54,7 @@ def annotation(node: ast.AST | None) -> str:
 def comments(source: str) -> dict[int, str]:
     "Comments by line; one alone on its line and right below another goes on with it"
     found: dict[int, str] = {}
-    first, last = 0, (0, 0)  # where a comment began; row and column of its last line
+    first, last = 0, (-1, 0)  # where a comment began; row and column of its last line
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type != tokenize.COMMENT: continue
         (row, column), text = token.start, token.string.lstrip("# ").rstrip()

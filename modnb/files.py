@@ -89,12 +89,15 @@ def load_tensors(
 
 # %% ../nbs/90_files.ipynb #d2455363
 def digest(
-    tensors: Iterable[torch.Tensor],
+    tensors: Iterable[torch.Tensor] | Mapping[str, torch.Tensor], # with names, these and the shapes count, too
     about: str = "", # what else counts
 ) -> str: # 16 hexadecimal digits
     "Condense tensors to a short word."
     found = hashlib.sha256(about.encode())
-    for tensor in tensors: found.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy().tobytes())
+    named = tensors.items() if isinstance(tensors, Mapping) else (("", tensor) for tensor in tensors)
+    for name, tensor in named:
+        if name: found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return found.hexdigest()[:16]
 
 # %% ../nbs/90_files.ipynb #2a2fcedc

@@ -21,7 +21,7 @@ from .results import change_rows, count_classes, counted_once, run_means
 # %% ../../nbs/lab/04_figures.ipynb #ee9cf2a4
 Axes = Figure = Frame = Any # stand for classes of matplotlib and pandas: these are imported only where they are used
 COLOURS = {"plain": "#7f7f7f", "moda": "#0072b2", "mwt": "#d55e00", "cnnsplitter": "#009e73"} # system -> its colour
-OTHERS = ("#56b4e9", "#e69f00", "#cc79a7", "#000000", "#b8a800") # of lines that are no system, one after another
+OTHERS = ("#56b4e9", "#e69f00", "#cc79a7", "#000000", "#882255", "#6a3d9a", "#a65628", "#b8a800") # of other lines
 MARKERS = {"resnet18": "o", "vgg16": "s", "vgg12": "D", "mobilenet": "^"} # model -> its marker
 
 def colours_of(
@@ -104,6 +104,8 @@ def dots_figure(
     published: Frame | None = None, # hollow marks: columns `y`, `line`, metric, value
     from_zero: Iterable[str] = (), # metrics whose axis begins at 0
     may_differ: Sequence[str] | None = ("sizes", "subtasks_per_size"), # settings that runs of a line may differ in
+    colours: Mapping[str, str] | None = None, # what is compared -> colour, in order; None: `colours_of`
+    dot: str = "one run", # what a dot is, for the legend
 ) -> Figure:
     "Draw runs, means and ranges; `ValueError` for a mixture of settings, or where nothing is to be drawn."
     from matplotlib import pyplot
@@ -112,10 +114,11 @@ def dots_figure(
     shown = rows[rows["metric"].isin(labels) & (rows["split"] != "valid")]
     runs = run_means(shown, [line, y, "metric"], may_differ=may_differ)
     if not len(runs): raise ValueError(f"no rows of {', '.join(labels)}")
-    colours, lines = colours_of(runs[y]), list(dict.fromkeys(runs[line]))
+    colours, lines = colours or colours_of(runs[y]), list(dict.fromkeys(runs[line]))
     height = len(lines) * (0.35 + 0.27 * len(colours)) + 0.95
-    figure, axes = pyplot.subplots(len(lines), len(labels), figsize=(3 * len(labels), height), dpi=80, sharex="col",
-                                   sharey=True, squeeze=False, layout="constrained")
+    width = 2.8 * len(labels) + 0.08 * max(map(len, colours))
+    figure, axes = pyplot.subplots(len(lines), len(labels), figsize=(width, height), dpi=80, sharex="col", sharey=True,
+                                   squeeze=False, layout="constrained")
     for row, name in zip(axes, lines, strict=True):
         for ax, metric in zip(row, labels, strict=True):
             draw_dots(ax, runs[(runs[line] == name) & (runs["metric"] == metric)], y, colours)
@@ -128,7 +131,7 @@ def dots_figure(
         ax.set_xlabel(label)
         if metric in from_zero: ax.set_xlim(left=0)
     style = {"color": "black", "linestyle": "none"}
-    handles = [Line2D([], [], marker="o", markersize=4.5, label="one run", **style),
+    handles = [Line2D([], [], marker="o", markersize=4.5, label=dot, **style),
                Line2D([], [], marker="|", markersize=10, markeredgewidth=2, label="mean, smallest to largest", **style)]
     hollow = Line2D([], [], marker="o", markerfacecolor="none", label="published", **style)
     if published is not None: handles.append(hollow)
@@ -235,8 +238,9 @@ def reuse_figure(
     if ax is None: _, ax = pyplot.subplots(figsize=(6, 3.2), dpi=80)
     seaborn.lineplot(runs.assign(way=runs["metric"].map(names)), x="size", y="value", hue="way", style="way",
                      palette=colours_of(names.values()), hue_order=list(names.values()), markers=True, dashes=False,
-                     style_order=list(names.values()), errorbar=("pi", 100), linewidth=1.2, markersize=5, ax=ax)
-    ax.axhline(0, color="black", linewidth=0.6, zorder=0)
+                     style_order=list(names.values()), errorbar=("pi", 100), err_style="bars", linewidth=1.2,
+                     markersize=5, err_kws={"linewidth": 0.9}, ax=ax)
+    scale_changes(ax, runs["value"])
     ax.set(xlabel="classes of the sub-task", ylabel="accuracy, composed minus whole\n(points)",
            xticks=sorted(set(runs["size"])))
     ax.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1, 0.5))

@@ -21,7 +21,7 @@ from functools import cache, partial
 from importlib.resources import files
 from typing import Any
 
-from ..checks import choose
+from ..checks import did_you_mean
 from .results import FIELDS, METRICS, count_classes, facts, number_text
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
@@ -53,7 +53,9 @@ def table_text(
     name: str, # one of `TABLES`
 ) -> str: # CSV
     "Open the file of a published table; `ValueError` naming the nearest tables for an unknown one."
-    choose(name, TABLES, "published table")
+    if name not in TABLES:
+        hint = did_you_mean(name, TABLES)
+        raise ValueError(f"there is no published table {name!r}.{hint} There is: {', '.join(TABLES)}.")
     return (files("modnb.lab") / "published_tables" / f"{name}.csv").read_text(encoding="utf-8")
 
 # %% ../../nbs/lab/06_published.ipynb #243221ec

@@ -287,7 +287,8 @@ def picture(
         if not colours: return file.getvalue()
         from PIL import Image
 
-        Image.open(file).convert("RGB").quantize(colours, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+        few = Image.open(file).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        few.save(small, "png", optimize=True)
         return small.getvalue()
 
 

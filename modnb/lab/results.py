@@ -364,9 +364,11 @@ def refuse_mixed(
 def counted_once(
     rows: Frame, # from `read_rows`
     tolerance: float = 1e-4, # relative difference that rounding on a GPU may make
+    by: Sequence[str] = (), # columns that tell numbers apart, such as that of a threshold
 ) -> Frame: # without repetitions by other stages
     "Leave out numbers that another stage measured on the same network, with the same result."
     kinds = [name for name in ("run", "system", "classes", "metric", "split", "unit") if name in rows]
+    kinds = list(dict.fromkeys([*kinds, *by]))
     same = rows.groupby(kinds, sort=False, dropna=False)
     first = same["value"].transform("first")
     near = (rows["value"] - first).abs() <= tolerance * first.abs()
@@ -412,7 +414,7 @@ def run_means(
     kinds = rows.groupby(list(by), sort=False)["unit"].nunique()
     if (kinds > 1).any():
         raise ValueError(f"different units in one group: {kinds[kinds > 1].index[0]}; add 'metric' to `by`")
-    rows = counted_once(rows)
+    rows = counted_once(rows, by=by)
     refuse_mixed(rows, by, may_differ)
     return rows.groupby([*by, "unit", over], sort=False)["value"].mean().reset_index()
 
