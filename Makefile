@@ -14,13 +14,14 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help demo results test lab docs check-docs readme clean
+.PHONY: help demo results refresh test lab docs check-docs readme clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo     ordinary and modular training side by side on a small data set, from nothing, in minutes;'
 	@echo '              JOBS=2 runs at a time'
 	@echo 'make results  make demo anew, keep its rows in results/demo.csv and put its table in the README'
+	@echo 'make refresh  picture, tables and README of the front page anew, after rows in results/ have changed'
 	@echo 'make test     everything that is checked: style, exports, README, all notebooks, tests/'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make docs     the site, in _docs/; make check-docs opens every page of it in a headless browser'
@@ -51,6 +52,10 @@ results: .venv/.ready
 	$(call say,'results/demo.csv$(comma) nbs/images/masks.png and the README from this demo')
 	cp runs/fresh/demo/all_rows.csv results/demo.csv
 	cp runs/fresh/demo/masks.png nbs/images/masks.png
+	@$(MAKE) --no-print-directory refresh
+
+refresh: .venv/.ready
+	$(call say,'the front page and the README from results/')
 	$(BIN)/python docs/build.py refresh
 	$(BIN)/python docs/build.py readme
 

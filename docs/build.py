@@ -7,6 +7,7 @@ nbdev does a part of it (links to definitions, hidden cells) by its Python funct
 """
 
 import ast
+import hashlib
 import json
 import posixpath
 import re
@@ -332,8 +333,36 @@ def build_site() -> None:
     print(f"{len(missing)} pages: open {ROOT / '_docs/index.html'}")
 
 
+def headline_rows():
+    "What the picture of the front page shows: rows about whole networks, and the published numbers beside them"
+    from modnb.lab.figures import HEADLINE
+    from modnb.lab.reports import published_beside, table_rows
+    from modnb.lab.results import kept_rows
+
+    rows = table_rows(kept_rows(ROOT / "results", "cifar10_small"))
+    return rows[rows["metric"].isin(HEADLINE) & (rows["classes"] == "all")], published_beside(rows)
+
+
+def headline_digest() -> str:
+    "Tells whether the picture is of these numbers; it stands in the picture's description"
+    rows, published = headline_rows()
+    shown = ["system", "model", "seed", "split", "metric", "value"]
+    text = rows[shown].to_csv(index=False) + published.drop(columns="differs").to_csv(index=False)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def draw_headline() -> None:
+    "nbs/images/headline.png: all systems at a glance, from the rows that are kept"
+    from modnb.lab.figures import headline_figure
+
+    figure = headline_figure(*headline_rows())
+    about = {"Software": None, "Description": headline_digest()}
+    figure.savefig(NBS / "images/headline.png", dpi=100, metadata=about)
+
+
 def refresh() -> None:
-    "Run the index again, in place, after the results it shows have changed"
+    "Draw the front page's picture and run the index again, in place, after the results they show have changed"
+    draw_headline()
     index = NBS / "index.ipynb"
     run = [sys.executable, "-m", "jupyter", "nbconvert", "--to", "notebook", "--execute", "--inplace", str(index)]
     subprocess.run([*run, "--log-level", "WARN"], check=True)

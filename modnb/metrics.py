@@ -6,10 +6,11 @@
 __all__ = ['DENOMINATORS', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy', 'jaccard', 'mean_pair_jaccard',
            'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals', 'kernel_retention', 'count_weights',
            'modules_weights', 'shared_entries', 'overlap', 'module_size', 'mean_overlap', 'layer_overlap',
-           'count_flops', 'latency', 'costs']
+           'layer_retention', 'count_flops', 'latency', 'costs']
 
 # %% ../nbs/15_metrics.ipynb #9be80b3c
 import copy
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -105,7 +106,7 @@ def mean_pair_jaccard(
         indices = _jaccard(rows, masks[start:])
         square, rest = indices[:, :len(rows)].sum(), indices[:, len(rows):].sum()
         total += (square - len(rows)) / 2 + rest # the square has each pair twice, and each row with itself: 1
-    return (total / (count * (count - 1) / 2)).item()
+    return (total / math.comb(count, 2)).item()
 
 # %% ../nbs/15_metrics.ipynb #66665ef6
 def flat_masks(
@@ -198,7 +199,7 @@ def count_weights(
     "Count the weights of a network (all papers)."
     return sum(parameter.numel() for parameter in model.parameters())
 
-# %% ../nbs/15_metrics.ipynb #55005b20
+# %% ../nbs/15_metrics.ipynb #741e3300
 def modules_weights(
     model: nn.Module,
     masks: ModuleMasks,
@@ -208,6 +209,7 @@ def modules_weights(
     anatomy = Anatomy(model, example)
     return [anatomy.kept_weights(masks.keep([c]), outputs=[c]) for c in range(len(masks.classes))]
 
+# %% ../nbs/15_metrics.ipynb #0ca325bb
 def shared_entries(
     kept: Sequence[KeptWeights | None], # the same parameter in `C` modules; None where a module has lost it
 ) -> Tensor: # [C, C], float64, entries that two modules share
@@ -238,14 +240,13 @@ def module_size(
     example: Tensor, # [B, C, H, W], only its shape matters
 ) -> Tensor: # [C], float64, fraction of the model's parameters
     "Measure which share of the model's parameters each single-class module holds (MODA Sec. 4)."
-    sizes = [sum(kept.count() for kept in weights.values()) for weights in modules_weights(model, masks, example)]
-    return torch.tensor(sizes, dtype=torch.float64) / count_weights(model)
+    return overlap(model, masks, example).diagonal()
 
 def mean_overlap(
     shared: Tensor, # [C, C], from `overlap`
 ) -> float: # fraction of the model's parameters
     "Average the overlap over pairs of different modules (MODA Table 3)."
-    return shared.triu(1).sum().item() / (len(shared) * (len(shared) - 1) / 2)
+    return shared.triu(1).sum().item() / math.comb(len(shared), 2)
 
 # %% ../nbs/15_metrics.ipynb #9ea478cb
 def layer_overlap(
@@ -260,6 +261,20 @@ def layer_overlap(
     names = [name for name in sizes if name in kept and name.endswith("weight") and model.get_parameter(name).dim() > 1]
     return {name.removesuffix("weight").removesuffix("."):
             mean_overlap(shared_entries([weights.get(name) for weights in modules])) / sizes[name] for name in names}
+
+# %% ../nbs/15_metrics.ipynb #6d3543ce
+def layer_retention(
+    model: nn.Module,
+    masks: ModuleMasks,
+    example: Tensor, # [B, C, H, W], only its shape matters
+) -> dict[str, list[float]]: # layer -> [C], fraction of its kernels or neurons that a class keeps
+    "Measure the share of each layer's units that single modules keep (MwT Sec. 4.1, MODA Sec. 5.2)."
+    modules = modules_weights(model, masks, example)
+    kept = lambda name: [weights[name].rows if name in weights else torch.zeros(1) for weights in modules]
+    layers = {name: kept(name) for name, p in model.named_parameters() if name.endswith("weight") and p.dim() > 1}
+    outputs = lambda rows: all(row.nonzero().flatten().tolist() == [c] for c, row in enumerate(rows))
+    return {name.removesuffix("weight").removesuffix("."): [row.double().mean().item() for row in rows]
+            for name, rows in layers.items() if not outputs(rows)}
 
 # %% ../nbs/15_metrics.ipynb #b331e4e2
 def count_flops(

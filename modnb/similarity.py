@@ -13,10 +13,9 @@ from math import inf
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.autograd import Function
 from torch.distributed import ProcessGroup
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 from torch.nn.functional import threshold
 
 from .checks import choose
@@ -109,27 +108,12 @@ def join_rows(
     return joined, layer_indicator(tuple(row.shape[1] for row in rows), dtype, joined.device)
 
 # %% ../nbs/14_similarity.ipynb #77fa4ce7
-class _AddUp(Function):
-    "Sum over processes, in the backward pass too."
-
-    @staticmethod
-    def forward(ctx, value, group):
-        ctx.group, value = group, value.clone()
-        dist.all_reduce(value, group=group)
-        return value
-
-    @staticmethod
-    def backward(ctx, gradient):
-        gradient = gradient.clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
-
 def add_up(
     values: Sequence[Tensor], # of the same dtype; of the same shapes in every process
     group: ProcessGroup, # who takes part
 ) -> list[Tensor]: # the sums over the processes, of these shapes, with gradients
     "Sum tensors over processes in one exchange."
-    total = _AddUp.apply(torch.cat([value.flatten() for value in values]), group)
+    total = wait_tensor(all_reduce(torch.cat([value.flatten() for value in values]), "sum", group))
     parts = total.split([value.numel() for value in values])
     return [part.view(value.shape) for part, value in zip(parts, values, strict=True)]
 

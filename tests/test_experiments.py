@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from modnb.lab.matrix import check_cells, read_matrix, study_cells
-from modnb.lab.results import compare_systems, read_rows, read_study
+from modnb.lab.results import compare_systems, layer_rows, read_layers, read_rows, read_study
 from modnb.lab.running import NotebookFailed, notebook_parameters, run_notebook
 from modnb.lab.trained import load_trained
 from modnb.masks import ModuleMasks
@@ -69,7 +69,16 @@ def test_taking_apart_and_reporting(trained):
     composed = rows[rows.metric == "composed_accuracy"].classes
     assert list(composed) == ["|".join(classes) for drawn in subtasks for classes in drawn], "whatever the run's seed"
     assert rows[rows.metric == "composed_size"]["value"].between(0.01, 1).all()
-    assert len(ModuleMasks.load(out / "masks.safetensors").classes) == 10
+    masks = ModuleMasks.load(out / "masks.safetensors")
+    said = read_layers(study)["moda-small"]
+    assert len(masks.classes) == len(said["classes"]) == len(said["coupling"]) == 10
+    for number, mask in enumerate(list(masks.masks.values())[:9], 1):  # nothing dies behind these convolutions
+        assert said["retention"][f"features.conv{number}"] == mask.double().mean(1).tolist()
+    pairs = [said["coupling"][a][b] for a in range(10) for b in range(a)]
+    assert sum(pairs) / 45 == pytest.approx(rows[rows.metric == "coupling"].value.item())
+    assert set(layer_rows(read_layers(study), rows, "retention").classes) == set(masks.classes)
+    with pytest.raises(NotebookFailed, match="no image was held out"):
+        run_notebook(MODULARIZE, out / "valid.ipynb", settings | {"split": "valid", "out": str(study / "valid")})
     run_notebook(REPORT, study / "report.ipynb", {"runs": str(study), "seed": 3})
     text = (study / "report.txt").read_text()
     table = compare_systems(read_study(study))
@@ -92,6 +101,10 @@ def test_modules_of_mwt_are_those_of_its_generators(tmp_path):
         run_notebook(EXPERIMENTS / f"{stage}.ipynb", out / f"{stage}.ipynb", few | settings | {"out": str(out)})
         rows[stage] = read_rows(out / "rows.csv")
     both = ["classes", "metric"]
+    chosen = study / "chosen"
+    run_notebook(MODULARIZE, chosen / "modularize.ipynb", few | {"split": "valid", "out": str(chosen)})
+    held_out = read_rows(chosen / "rows.csv").query("metric.str.endswith('accuracy')")
+    assert set(held_out.split) == {"valid"} and len(held_out) == 3 * 4
     same = {stage: rows[stage][rows[stage].metric == "composed_accuracy"].set_index(both).value for stage in stages}
     assert same["modularize"].equals(same["mwt_reuse"]), "two notebooks, one definition"
     at = rows["thresholds"].config.map(lambda text: json.loads(text)["keep_threshold"])

@@ -5,6 +5,7 @@ import itertools
 import math
 import warnings
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,6 +17,9 @@ from torch.nn import functional as F
 
 from modnb.data import Split, load_dataset
 from modnb.extract import masked
+from modnb.lab.matrix import read_matrix, study_cells
+from modnb.lab.published import read_published
+from modnb.lab.running import notebook_parameters
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 from modnb.mwt.generators import (
@@ -53,6 +57,8 @@ from modnb.prediction import evaluate
 from modnb.similarity import AVERAGES
 from modnb.training import fit
 from modnb.units import unit_sites
+
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 ARCHITECTURES = {"vgg12": ({}, 16), "resnet18": ({}, 32), "simcnn": ({"batch_norm": True}, 32),
                  "rescnn": ({"batch_norm": True}, 32), "mobilenet": ({}, 32), "lenet5": ({}, 32)}
@@ -355,6 +361,21 @@ def test_weights_and_settings():
     with pytest.raises(ValueError, match="add_mask_generators"): MwT().prepare(*network("lenet5"))
     assert repr(MwT(watch=5)) == repr(MwT()) and "w_coupling=2.0" in repr(MwT(w_coupling=2.0))
     assert repr(MwT()) == "MwT(average='pairs', w_cohesion=0.5, w_coupling=1.5)" and "warmup" in repr(MwT(warmup=0.1))
+
+
+def test_published_weights_are_said_once():
+    "The printed table and the study that trains by it follow `PUBLISHED_WEIGHTS`"
+    printed = {}
+    for row in read_published("mwt_table1").itertuples():
+        printed.setdefault((row.model, row.dataset), {})["w_" + row.metric.removesuffix("_weight")] = row.value
+    assert printed == {pair: published_weights(*pair) for pair in PUBLISHED_WEIGHTS}
+    matrix, usual = read_matrix(EXPERIMENTS / "matrix.yaml"), notebook_parameters(EXPERIMENTS / "train.ipynb")
+    trained = {}
+    for train in (usual | cell.train for cell in study_cells(matrix, "mwt_published", usual)):
+        weights = {name: train[name] for name in ("w_cohesion", "w_coupling")}
+        if train["system"] == "mwt": trained.setdefault((train["model"], train["dataset"]), []).append(weights)
+    assert trained.keys() == PUBLISHED_WEIGHTS.keys()
+    for pair, found in trained.items(): assert found == [published_weights(*pair)] * 3, pair
 
 
 # Modularizing

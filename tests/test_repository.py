@@ -294,6 +294,19 @@ def test_readme_table_is_computed_from_the_rows():
     assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make results"
 
 
+def test_the_front_page_shows_the_rows(build):
+    from PIL import Image
+
+    from modnb.lab.reports import published_beside, short_table, table_rows
+    from modnb.lab.results import kept_rows, markdown_table
+
+    rows = table_rows(kept_rows(ROOT / "results", "cifar10_small"))
+    table = markdown_table(short_table(rows, published_beside(rows)))
+    assert table in (ROOT / "README.md").read_text(encoding="utf-8"), "run make refresh"
+    picture = Image.open(NBS / "images/headline.png")
+    assert picture.text["Description"] == build("build").headline_digest(), "run make refresh"
+
+
 def test_readme_links_lead_somewhere():
     for target in re.findall(r"\]\((?!https?:|#)([^)#\s]+)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert (ROOT / target).exists(), target

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['KEEPS_ZERO', 'ZERO_NAMES', 'LONG', 'WAYS', 'fold_norms', 'keeps_zero', 'apply_mask', 'apply_another', 'repeat_for',
-           'with_masks', 'multiply_adds', 'is_long', 'ModuleRunner', 'composed_logits']
+           'behind_masks', 'with_masks', 'multiply_adds', 'is_long', 'own_logits', 'ModuleRunner', 'composed_logits']
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #0cedad72
 import copy
@@ -85,42 +85,44 @@ def repeat_for(
 for function in (apply_mask, apply_another, repeat_for): fx.wrap(function.__name__)
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #0ee45190
+def behind_masks(
+    anatomy: Anatomy, # of a network without foldable normalisation
+    masked: Sequence[fx.Node], # convolutions with masks
+) -> set[fx.Node] | None: # None where an operation makes something out of a dead kernel's zeros
+    "Find the nodes that every module needs a copy of."
+    behind = set()
+    for node, rule in anatomy.plan({}).rules.items():
+        if node not in masked and not behind.intersection(node.all_input_nodes): continue
+        fits = isinstance(rule, (Dense, Channelwise)) if node in masked else keeps_zero(rule)
+        if not fits: return None
+        behind.add(node)
+    return behind
+
+# %% ../../nbs/cnnsplitter/01_outputs.ipynb #27099780
 def with_masks(
     anatomy: Anatomy, # of a network without foldable normalisation
     sites: Iterable[str], # convolutions to mask
 ) -> fx.GraphModule | None: # `forward(x, *masks)`, a mask [n, K] for each site -> [n * B, C]; None: impossible
     "Write a network that runs many modules in one batch."
-    masked, plan = find_sites(anatomy.named, sites), anatomy.plan({})
-    behind: set[fx.Node] = set() # nodes with copies
-    for node, rule in plan.rules.items():
-        if node in masked or any(s in behind for s in node.all_input_nodes):
-            if not (node in masked or keeps_zero(rule)): return None
-            if node in masked and not isinstance(rule, (Dense, Channelwise)): return None
-            behind.add(node)
-    graph, copies = fx.Graph(), {}
-    graph.output(graph.graph_copy(anatomy.traced.graph, copies))
-    last = [copies[n] for n in anatomy.traced.graph.nodes if n.op == "placeholder"][-1]
-    with graph.inserting_after(last):
-        given = dict(reversed([(node, graph.placeholder(f"mask_{at}")) for at, node in reversed([*enumerate(masked)])]))
-    for node in anatomy.traced.graph.nodes:
-        if node not in behind: continue
-        copied, late = copies[node], [s for s in node.all_input_nodes if s in behind]
-        if late:
-            for source in node.all_input_nodes:
-                if source in behind or source.op == "get_attr" or not isinstance(source.meta["shape"], tuple): continue
-                with graph.inserting_before(copied):
-                    wide = graph.call_function(repeat_for, (copies[source], next(iter(given.values()))))
-                copied.replace_input_with(copies[source], wide)
-        if node in given:
-            with graph.inserting_after(copied):
-                after = graph.call_function(apply_another if late else apply_mask, (copied, given[node]))
-            copied.replace_all_uses_with(after, delete_user_cb=lambda user, after=after: user is not after)
+    old, graph = anatomy.traced.graph, fx.Graph()
+    masked = find_sites(anatomy.named, sites)
+    behind = behind_masks(anatomy, masked)
+    if behind is None: return None
+    new = {node: graph.node_copy(node) for node in old.find_nodes(op="placeholder")}
+    masks = {node: graph.placeholder(f"mask_{at}") for at, node in enumerate(masked)}
+    def copied(source: fx.Node) -> fx.Node: # with as many images as the copies have
+        widen = source not in behind and source.op != "get_attr" and isinstance(source.meta["shape"], tuple)
+        return graph.call_function(repeat_for, (new[source], next(iter(masks.values())))) if widen else new[source]
+    for node in old.nodes:
+        if node.op == "placeholder": continue
+        late = bool(behind.intersection(node.all_input_nodes))
+        new[node] = graph.node_copy(node, copied if late else new.__getitem__)
+        apply = apply_another if late else apply_mask
+        if node in masks: new[node] = graph.call_function(apply, (new[node], masks[node]))
     graph.lint()
     return fx.GraphModule(anatomy.traced, graph, "ManyModules")
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #d7545208
-LONG = 2_000_000_000 # multiply-adds of one module on all images from which extraction pays on a CPU, measured below
-
 def multiply_adds(
     anatomy: Anatomy,
 ) -> int: # of all convolutions and linear layers, for one image
@@ -128,6 +130,9 @@ def multiply_adds(
     layers = [(layer_of(node), node.meta["shape"]) for node in anatomy.traced.graph.nodes if node.op == "call_module"]
     return sum(layer.weight.numel() * math.prod(shape[2:]) for layer, shape in layers
                if isinstance(layer, (*CONV_LAYERS, nn.Linear)))
+
+# %% ../../nbs/cnnsplitter/01_outputs.ipynb #70a1e6d5
+LONG = 2_000_000_000 # multiply-adds of one module on all images from which extraction pays on a CPU, measured below
 
 def is_long(
     anatomy: Anatomy,
@@ -139,6 +144,15 @@ def is_long(
     return multiply_adds(anatomy) * images > LONG if device.type == "cpu" else max(sites.values()) >= 256
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #3a1a944f
+def own_logits(
+    logits: Tensor, # [n * B, C], of n modules one after the other
+    classes: Tensor, # [n], int64: class of each of them
+) -> Tensor: # [n, B]
+    "Pick the logit that each module is there for (CNNSplitter Eq. 1)."
+    apart = logits.unflatten(0, (len(classes), -1))
+    return apart.gather(2, classes[:, None, None].expand(-1, apart.shape[1], 1))[:, :, 0]
+
+# %% ../../nbs/cnnsplitter/01_outputs.ipynb #d8e0f4a3
 WAYS = ("auto", "masked", "extracted")
 
 class ModuleRunner:
@@ -154,16 +168,15 @@ class ModuleRunner:
     ):
         choose(how, WAYS, "way to run modules")
         check_images(split)
-        device = home_of(model, split.device)
         check_number("rows", 1 if rows is None else rows, 1, whole=True)
-        self.rows = rows or (256 if device.type == "cpu" else 16384)
-        self.sites, self.device = dict(sites), device
-        split = split.to(device)
+        self.sites, self.device = dict(sites), home_of(model, split.device)
+        self.rows = rows or (256 if self.device.type == "cpu" else 16384)
+        split = split.to(self.device)
         example = next(batches(split, 2))[0]
         network = fold_norms(model).to(memory_format=torch.channels_last)
         self.anatomy = Anatomy(network, example)
         with torch.no_grad(): self.outputs = network(example).shape[1]
-        wide = how == "extracted" or how == "auto" and is_long(self.anatomy, sites, len(split), device)
+        wide = how == "extracted" or how == "auto" and is_long(self.anatomy, sites, len(split), self.device)
         self.network = None if wide else with_masks(self.anatomy, sites)
         if how == "masked" and self.network is None:
             raise ValueError("an operation of this network turns zeros into something else; run its modules extracted")
@@ -195,10 +208,8 @@ class ModuleRunner:
         modules, found = max(1, self.rows // at_once), []
         kernels, classes = kernels.to(self.device).float(), torch.tensor(classes, device=self.device)
         for some, own in zip(kernels.split(modules), classes.split(modules)):
-            masks, parts = some.split(list(self.sites.values()), 1), []
-            for images in self.images.split(at_once):
-                logits = self.network(images, *masks).view(len(own), len(images), -1)
-                parts.append(logits.gather(2, own[:, None, None].expand(-1, len(images), 1))[:, :, 0])
+            masks = some.split(list(self.sites.values()), 1)
+            parts = [own_logits(self.network(images, *masks), own) for images in self.images.split(at_once)]
             found.append(torch.cat(parts, 1))
         return torch.cat(found).float()
 

@@ -40,6 +40,7 @@ def ordered(
     labels = renumbered[split.labels]
     return replace(split, labels=labels, classes=[split.classes[c] for c in columns]).select(labels >= 0)
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #36dd08be
 def draw_share(
     split: Split,
     shares: Sequence[float], # of each class, above 0 and at most 1; at least one image
@@ -125,6 +126,7 @@ def first_or_drawn(
         picked.append(members[:count] if random is None else members[random.permutation(len(members))[:count]])
     return torch.stack(picked)
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #215a08e5
 def join(
     first: Split, # gives mean, deviation, crop and flip
     second: Split, # its classes come after those of the first
@@ -177,6 +179,7 @@ def conv_side(
     raise ValueError(f"{convolutions} convolutions of {kernel_size}x{kernel_size} with padding {padding}, each with a "
                      f"2x2 pool, leave nothing of an image of {side} pixels")
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #c982ce0d
 @register_model()
 def simple_simcnn(
     num_classes: int, # outputs

@@ -6,7 +6,8 @@
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
            'WHOLE', 'COMPOSED', 'facts', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
            'class_set', 'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows',
-           'read_study', 'contradictions', 'refuse_mixed', 'counted_once', 'with_settings', 'swept_rows', 'summarise',
+           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'contradictions',
+           'refuse_mixed', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows',
            'number_text', 'spread_text', 'compare', 'markdown_table', 'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
@@ -257,6 +258,77 @@ def read_study(
     trained = read_rows([folder.parent/"networks"/run/"rows_train.csv" for run in shared]).assign(study=folder.name)
     return pandas.concat([trained, stages], ignore_index=True)
 
+# %% ../../nbs/lab/03_results.ipynb #114758ff
+def kept_rows(
+    folder: str | Path, # with the files, e.g. results
+    study: str, # its name
+) -> Frame: # rows of the study; `ValueError` where there is none
+    "Read the rows of a study that are kept in one file or in several."
+    folder = Path(folder)
+    rows = read_rows([*folder.glob(f"{study}.csv"), *sorted(folder.glob(f"{study}_*.csv"))] or [folder/f"{study}.csv"])
+    return rows[rows["study"] == study].reset_index(drop=True)
+
+# %% ../../nbs/lab/03_results.ipynb #39cc1805
+def stage_layers(
+    folder: Path, # of one study
+) -> dict[str, dict[str, Any]]: # run -> what its layers.json says
+    "Collect what the stages of a study say about layers; `ValueError` for two answers about one network."
+    found, places = {}, {}
+    for path in sorted(folder.glob("*/*/layers.json")):
+        run, said = read_rows(path.with_name("rows.csv"))["run"][0], json.loads(path.read_text(encoding="utf-8"))
+        if found.setdefault(run, said) != said: raise ValueError(f"{run}: {places[run]} and {path} differ")
+        places[run] = path
+    return found
+
+def read_layers(
+    path: str | Path, # a file that `write_layers` wrote, or the folder of a study
+) -> dict[str, dict[str, Any]]: # run -> "overlap": layer -> share; "classes", "retention", "coupling" where measured
+    "Read what modules keep and share by layer; `ValueError` where there is nothing."
+    path = Path(path)
+    if not path.exists(): raise ValueError(f"there is no file and no folder {str(path)!r}")
+    if not path.is_dir():
+        known = json.loads(path.read_text(encoding="utf-8"))
+        return {run: said if "overlap" in said else {"overlap": said} for run, said in known.items()}
+    if not (found := stage_layers(path)): raise ValueError(f"no stage of {str(path)!r} has a layers.json")
+    return found
+
+def write_layers(
+    path: str | Path, # JSON file, a line for each run
+    layers: Mapping[str, Mapping[str, Any]], # from `read_layers`
+    most: int = 20, # classes up to which the coupling of all pairs is kept
+) -> Path: # `path`
+    "Keep what modules keep and share by layer, with four digits."
+    short = lambda x: float(f"{x:.4g}") if isinstance(x, float) else x
+    def rounded(part):
+        if isinstance(part, Mapping): return {name: rounded(inner) for name, inner in part.items()}
+        return [rounded(inner) for inner in part] if isinstance(part, list) else short(part)
+
+    lines = []
+    for run, said in layers.items():
+        kept = {name: part for name, part in said.items() if name != "coupling" or len(part) <= most}
+        lines.append(f"{json.dumps(run)}: {json.dumps(rounded(kept), separators=(',', ':'))}")
+    with atomic_path(path) as temporary: temporary.write_text("{" + ",\n".join(lines) + "}\n", encoding="utf-8")
+    return Path(path)
+
+# %% ../../nbs/lab/03_results.ipynb #7084a652
+def layer_rows(
+    layers: Mapping[str, Mapping[str, Any]], # from `read_layers`
+    rows: Frame, # of these networks, from `read_rows`
+    what: str = "overlap", # or "retention"
+) -> Frame: # run, system, model, dataset, seed, layer, classes, value; without networks that do not say it
+    "Put what layers say into the long form; `ValueError` where no network says it."
+    import pandas
+
+    own = ["system", "model", "dataset", "seed"]
+    about = rows.drop_duplicates("run").set_index("run")[own].to_dict("index")
+    found = []
+    for run, said in layers.items():
+        for layer, values in said.get(what, {}).items() if run in about else ():
+            each = zip(said["classes"], values, strict=True) if isinstance(values, list) else [("all", values)]
+            found += [{"run": run, **about[run], "layer": layer, "classes": c, "value": value} for c, value in each]
+    if not found: raise ValueError(f"no network of these rows has the {what} of its layers")
+    return pandas.DataFrame(found)
+
 # %% ../../nbs/lab/03_results.ipynb #7af5f9c4
 def contradictions(
     rows: Frame, # of one cell
@@ -327,6 +399,23 @@ def swept_rows(
     found = rows.assign(**{setting: rows["config"].map({text: config.get(setting) for text, config in known.items()})})
     return found[found.groupby(rest)[setting].transform("nunique") >= least]
 
+# %% ../../nbs/lab/03_results.ipynb #4e84e352
+def run_means(
+    rows: Frame, # from `read_rows`
+    by: Sequence[str], # columns that name one line of the table
+    over: str = "run", # column whose values are the repeats
+    may_differ: Sequence[str] | None = (), # settings that rows of a line may differ in; None: any
+) -> Frame: # columns `by`, unit, `over`, value
+    "Average within each run; `ValueError` for unknown columns, mixed units or settings."
+    for column in [*by, over]:
+        if column not in rows: raise ValueError(f"rows have no column {column!r}, but {', '.join(rows.columns)}")
+    kinds = rows.groupby(list(by), sort=False)["unit"].nunique()
+    if (kinds > 1).any():
+        raise ValueError(f"different units in one group: {kinds[kinds > 1].index[0]}; add 'metric' to `by`")
+    rows = counted_once(rows)
+    refuse_mixed(rows, by, may_differ)
+    return rows.groupby([*by, "unit", over], sort=False)["value"].mean().reset_index()
+
 # %% ../../nbs/lab/03_results.ipynb #26f6c7c5
 def summarise(
     rows: Frame, # from `read_rows`
@@ -335,17 +424,25 @@ def summarise(
     may_differ: Sequence[str] | None = (), # settings that rows of a line may differ in; None: any
 ) -> Frame: # columns `by`, unit, mean, sd, n, min, max
     "Average within each run, then over runs; `ValueError` for unknown columns, mixed units or settings."
-    by = list(by)
-    for column in [*by, over]:
-        if column not in rows: raise ValueError(f"rows have no column {column!r}, but {', '.join(rows.columns)}")
-    kinds = rows.groupby(by, sort=False)["unit"].nunique()
-    if (kinds > 1).any():
-        raise ValueError(f"different units in one group: {kinds[kinds > 1].index[0]}; add 'metric' to `by`")
-    rows = counted_once(rows)
-    refuse_mixed(rows, by, may_differ)
-    runs = rows.groupby([*by, "unit", over], sort=False)["value"].mean().reset_index()
+    by, runs = list(by), run_means(rows, by, over, may_differ)
     table = runs.groupby([*by, "unit"], sort=False)["value"].agg(["mean", "std", "count", "min", "max"])
     return table.rename(columns={"std": "sd", "count": "n"}).reset_index()
+
+# %% ../../nbs/lab/03_results.ipynb #ca4b15a3
+def change_rows(
+    rows: Frame, # from `read_rows`
+    metrics: Sequence[str] = ("composed_accuracy", "renormalised_accuracy", "tuned_accuracy"), # those to subtract from
+) -> Frame: # the same rows with metric composed_change, ... in percentage points
+    "Subtract the whole network's accuracy on the same classes; `ValueError` where it was not measured."
+    place = ["run", "system", "classes", "split"]
+    whole = rows[rows["metric"] == "accuracy"].drop_duplicates(place).set_index(place)["value"].rename("whole")
+    found = rows[rows["metric"].isin(metrics)].join(whole, on=place)
+    lacking = found[found["whole"].isna()]
+    if len(lacking): raise ValueError(f"{lacking['run'].iloc[0]}: no accuracy of the whole network on "
+                                      f"{lacking['classes'].iloc[0]}, {lacking['split'].iloc[0]} images")
+    names = found["metric"].str.replace("_accuracy", "_change")
+    return found.assign(metric=names, value=100 * (found["value"] - found["whole"]),
+                        unit="percentage points").drop(columns="whole")
 
 # %% ../../nbs/lab/03_results.ipynb #19cc7998
 def number_text(

@@ -6,6 +6,8 @@
 __all__ = ['Damp', 'damp_masks', 'SteadyMwT']
 
 # %% ../../nbs/mwt/04_stability.ipynb #d52029d4
+from typing import Any
+
 import torch
 from torch import Tensor, fx, nn
 
@@ -60,15 +62,11 @@ class SteadyMwT(MwT):
 
     def __init__(
         self,
-        w_cohesion: float = 0.5, # weight of the cohesion loss, MwT's alpha
-        w_coupling: float = 1.5, # weight of the coupling loss, MwT's beta
-        average: str = "pairs", # "pairs" (MwT's program) or "classes" (the paper)
-        watch: int = 1, # epochs from one look for a collapse to the next; 0: never
+        *weights: float, # of the cohesion loss and of the coupling loss, as for `MwT`
         mask_slope: float = 0.1, # share of cross-entropy's slope that reaches the masks, 0 to 1; 1: as published
-        warmup: float = 0.0, # share of the epochs in which the modular losses rise to full weight; 0: as published
-        label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1; 0: as published
+        **others: Any, # average, watch, label_smoothing and warmup of `MwT`
     ):
-        super().__init__(w_cohesion, w_coupling, average, watch, label_smoothing, warmup)
+        super().__init__(*weights, **others)
         self.mask_slope = check_number("mask_slope", mask_slope, 0, 1)
 
     def prepare(
