@@ -115,6 +115,20 @@ def test_importance_equals_a_loop_over_images(name):
         torch.testing.assert_close(values, slow, rtol=1e-4, atol=1e-4)
 
 
+@settings(max_examples=8)
+@given(st.integers(1, 60), st.sampled_from([0.05, 0.1, 0.15, 1.0]))
+def test_the_surest_images_stay(digits, fewest, limit):
+    model = lively(create_model("vgg12", width=0.125, seed=0))
+    sure = predict(model, digits).softmax(1).gather(1, digits.labels[:, None])[:, 0]
+    stays = []
+    for label in range(10):
+        ranked = sorted((digits.labels == label).nonzero().flatten().tolist(), key=lambda at: -sure[at])
+        stays += [at for rank, at in enumerate(ranked) if rank < fewest or sure[at] >= limit]
+    slow = kernel_importance(model, digits.select(sorted(stays)), min_confidence=0)
+    for a, b in zip(kernel_importance(model, digits, min_confidence=limit, fewest=fewest).values(), slow.values()):
+        torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
 def test_unsure_images_are_left_out(digits):
     model = lively(create_model("vgg12", width=0.125, seed=0))
     sure = predict(model, digits).softmax(1).gather(1, digits.labels[:, None])[:, 0]
@@ -125,6 +139,7 @@ def test_unsure_images_are_left_out(digits):
     all_of_few = kernel_importance(model, chosen, min_confidence=0)
     for a, b in zip(few.values(), all_of_few.values()): torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match="min_confidence"): kernel_importance(model, digits, min_confidence=1.0)
+    with pytest.raises(ValueError, match="outputs"): kernel_importance(model, digits.subtask([0, 1]), fewest=1)
     with pytest.raises(ValueError, match="no images of 4"): kernel_importance(model, digits.select(digits.labels != 4))
     with pytest.raises(ValueError, match="outputs"): kernel_importance(model, digits.subtask([0, 1]), min_confidence=0)
 

@@ -27,6 +27,7 @@ from modnb.cnnsplitter.tournament import jaccard_distances, threshold_for, tourn
 from modnb.data import load_dataset
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
+from modnb.prediction import evaluate
 from modnb.training import fit
 
 # The tournament, one call for each combination
@@ -49,7 +50,7 @@ def distance(kernels, members) -> float:
     return sum(pairs) / len(pairs)
 
 
-def literal_tournament(outputs, labels, kernels, order, weights, fewest, most, thresholds, best):
+def literal_tournament(outputs, labels, kernels, order, weights, fewest, most, thresholds, best, whole=None):
     groups = [[{c: i} for i in range(outputs.shape[1])] for c in order]
     while len(groups) > 1:
         following = []
@@ -61,6 +62,7 @@ def literal_tournament(outputs, labels, kernels, order, weights, fewest, most, t
             for a in groups[at]:
                 for b in groups[at + 1]: tested.append((call(outputs, labels, a | b), a | b))
             limit = threshold_for(len(tested[0][1]), thresholds)
+            if whole is not None: limit *= call(whole[:, None], labels, dict.fromkeys(tested[0][1], 0))
             tested.sort(key=lambda pair: -pair[0]) # stable
             enough = sum(accuracy >= limit - 1e-9 for accuracy, _ in tested)
             kept = tested[:min(max(enough, fewest), most)]
@@ -75,8 +77,9 @@ def literal_tournament(outputs, labels, kernels, order, weights, fewest, most, t
 
 
 @settings(max_examples=40)
-@given(st.integers(0, 10**6), st.integers(2, 11), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans())
-def test_tournament_equals_one_call_for_each_combination(seed, classes, individuals, levels, favourite, paper):
+@given(st.integers(0, 10**6), st.integers(2, 11), st.integers(1, 4), st.integers(1, 5), st.booleans(), st.booleans(),
+       st.booleans())
+def test_tournament_equals_one_call_for_each_combination(seed, classes, individuals, levels, favourite, paper, ours):
     random = torch.Generator().manual_seed(seed)
     labels = torch.cat([torch.arange(classes), torch.randint(classes, (classes,), generator=random)])
     labels = labels[torch.randperm(len(labels), generator=random)]
@@ -86,8 +89,9 @@ def test_tournament_equals_one_call_for_each_combination(seed, classes, individu
     fewest, most = (3, 3) if paper else (1, 4)
     thresholds = ((2, 0.7), (4, 0.5), (10, 0.3))
     best = torch.randint(individuals, (classes,), generator=random).tolist() if favourite else None
-    found = tournament(outputs, labels, kernels, order, 0.93, 0.1, fewest, most, thresholds, best)
-    slow = literal_tournament(outputs, labels, kernels, order, (0.93, 0.1), fewest, most, thresholds, best)
+    whole = torch.randint(levels + 1, (classes, len(labels)), generator=random).float() if ours else None
+    found = tournament(outputs, labels, kernels, order, 0.93, 0.1, fewest, most, thresholds, best, whole)
+    slow = literal_tournament(outputs, labels, kernels, order, (0.93, 0.1), fewest, most, thresholds, best, whole)
     assert found.accuracy.tolist() == pytest.approx([accuracy for accuracy, _, _ in slow])
     assert found.difference.tolist() == pytest.approx([difference for _, difference, _ in slow])
     scores = [0.93 * accuracy + 0.1 * difference for accuracy, difference, _ in slow]
@@ -127,6 +131,7 @@ def test_tournament_refuses_bad_arguments():
             "fewest": {"fewest": 0}, "most": {"fewest": 9, "most": 8},
             "thresholds": {"thresholds": ((4, 0.5), (2, 0.5))},
             "images of every class": {"labels": torch.zeros(9).long()}, "order": {"order": [0, 0, 1]},
+            "whole": {"whole": outputs[:, 0, 1:]},
             "best": {"best": [0, 0, 4]}, "finite": {"outputs": outputs / 0}, r"\[C, I, N\]": {"labels": labels[1:]},
             "two classes": {"outputs": outputs[:1], "kernels": kernels[:1], "labels": labels * 0}}.items():
         with pytest.raises(ValueError, match=message): fine(**changes)
@@ -268,6 +273,16 @@ def test_best_fitness_does_not_fall_while_the_best_stay(trained):
     rules = replace(SMALL, accuracy_goal=None)
     found = [row["fitness"] for row in search(model, data.valid, grouping, rules, generations=5).history]
     assert all(later >= earlier - 1e-12 for earlier, later in zip(found, found[1:]))
+
+
+def test_relative_goals_ask_for_shares_of_the_networks_own_accuracy(trained):
+    model, data, grouping = trained
+    reached = evaluate(model, data.valid)
+    for relative, goal in ((False, 0.9), (True, 0.9 * reached)):
+        found = search(model, data.valid, grouping, replace(SMALL, relative_goals=relative), generations=3).history
+        weights = [0.9 + max(0.0, goal - row["accuracy"]) for row in found[:-1]]
+        assert [row["accuracy_weight"] for row in found] == pytest.approx([0.9, *weights])
+    assert 0 < reached < 1, "else there is nothing to tell them apart by"
 
 
 def test_nothing_is_run_twice(trained, monkeypatch):

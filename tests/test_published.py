@@ -517,6 +517,14 @@ def test_superseded_values_and_averages_are_not_compared():
     assert cells(found).difference.iloc[0] == pytest.approx(0.475 - 0.4723)
 
 
+@pytest.mark.parametrize("ours", [{"relative_goals": True}, {"importance_images": 10_000}, {"fewest_sure": 50},
+                                  {"search_precision": "bfloat16"}])
+def test_a_search_with_something_of_ours_is_no_published_one(ours):
+    shown = [cells(beside(frame(runs([0.47], "coupling", "cnnsplitter", "simcnn", split="train", config=SEARCH | more)),
+                          "mwt_table3")) for more in ({}, ours)]
+    assert [len(found) for found in shown] == [1, 0]
+
+
 def test_all_sub_tasks():
     config = FULL | MODA | {"keep_threshold": 0.9, "subtasks_per_size": 0, "sizes": "2,3,4,5,6,7,8,9,10"}
     sets = [set_ for size in range(2, 11) for set_ in itertools.combinations("abcdefghij", size)]

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['GROUPINGS', 'Segment', 'find_meetings', 'join_pairs', 'activated', 'pick_convolutions', 'find_segments',
-           'sure_labels', 'kernel_importance', 'group_sizes', 'Grouping', 'deal_genes', 'group_kernels', 'count_genes']
+           'sure_labels', 'check_outputs', 'surest', 'kernel_importance', 'group_sizes', 'Grouping', 'deal_genes',
+           'group_kernels', 'count_genes']
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #4fc40549
 from collections.abc import Iterable, Sequence
@@ -19,6 +20,7 @@ from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
 from ..extract import Anatomy
 from ..masks import ModuleMasks
+from ..prediction import predict
 from ..rules import Channelwise, Elementwise, Union
 from ..units import NORM_LAYERS, find_sites, is_activation, kind_of_sites, layer_of, observe
 
@@ -109,10 +111,37 @@ def sure_labels(
     logits: Tensor, # [B, C]
     labels: Tensor, # [B], integer
     min_confidence: float, # softmax of the right class below which an image is left out
+    fewest: int = 0, # images of each class, the surest ones, that stay in any case
 ) -> Tensor: # [B, C], float64: one-hot, a row of zeros for an image that is left out
     "Leave out images that a network is not sure of (CNNSplitter's program)."
-    sure = logits.softmax(1).gather(1, labels[:, None]) >= min_confidence
-    return one_hot(labels, logits.shape[1], torch.float64) * sure
+    confidence = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    sure = confidence >= min_confidence
+    for label in labels.unique() if fewest else ():
+        own = (labels == label).nonzero().flatten()
+        sure[own[confidence[own].topk(min(fewest, len(own))).indices]] = True
+    return one_hot(labels, logits.shape[1], torch.float64) * sure[:, None]
+
+# %% ../../nbs/cnnsplitter/00_importance.ipynb #59691f73
+def check_outputs(
+    logits: Tensor, # [B, outputs]
+    classes: int, # of the split
+) -> None:
+    "Refuse a model with other classes than the split's: ValueError."
+    if logits.shape[1] == classes: return
+    raise ValueError(f"the model has {logits.shape[1]} outputs, the split {classes} classes")
+
+# %% ../../nbs/cnnsplitter/00_importance.ipynb #74abd9a2
+def surest(
+    model: nn.Module, # as in `kernel_importance`, like all others
+    split: Split,
+    min_confidence: float,
+    fewest: int,
+    batch_size: int = 256,
+) -> Split: # the images that stay, in their order
+    "Leave out images that a network is not sure of, but keep the surest of each class."
+    with full_precision(split.device): logits = predict(model, split, batch_size, precision="float32")
+    check_outputs(logits, len(split.classes))
+    return split.select(sure_labels(logits, split.labels, min_confidence, fewest).any(1))
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #5664e4c8
 def kernel_importance(
@@ -121,19 +150,21 @@ def kernel_importance(
     segments: Sequence[Segment] | None = None, # from `find_segments`; None: all
     min_confidence: float = 0.9, # softmax of the right class below which an image is left out; 0: use all (paper)
     batch_size: int = 256, # images at a time
+    fewest: int = 0, # images of each class, the surest ones, that count even below that; 0: none (its program)
 ) -> dict[Segment, Tensor]: # segment -> [C, K], float64, on the CPU
     "Average the sum of a kernel's map over a class's images; ValueError where there is none (CNNSplitter Sec. 3.1)."
     check_number("min_confidence", min_confidence, 0, 1)
+    check_number("fewest", fewest, 0, whole=True)
     split = split.to(home_of(model, split.device))
     classes, used = len(images_per_class(split)), 0
+    if fewest: split, min_confidence = surest(model, split, min_confidence, fewest, batch_size), 0
     if segments is None: segments = find_segments(model, next(batches(split, 2))[0])
     totals = dict.fromkeys(segments, 0)
     with evaluating(model), full_precision(split.device):
         network = observe(model, dict.fromkeys(site for segment in segments for site in segment.watched))
         for images, labels in batches(split, batch_size):
             logits, maps = network(images)
-            if logits.shape[1] != classes:
-                raise ValueError(f"the model has {logits.shape[1]} outputs, the split {classes} classes")
+            check_outputs(logits, classes)
             chosen = sure_labels(logits, labels, min_confidence)
             used = used + chosen.sum(0)
             for segment in segments:
@@ -141,7 +172,7 @@ def kernel_importance(
                     totals[segment] = totals[segment] + chosen.T @ maps[site].flatten(2).sum(2).double()
     unsure = [name for name, images in zip(split.classes, used.tolist()) if not images]
     if unsure: raise ValueError(f"no image of {', '.join(unsure)} is recognised with a confidence of {min_confidence}; "
-                                "lower min_confidence (0 uses all images)")
+                                "lower min_confidence (0 uses all images), or give fewest")
     return {segment: (total / used[:, None]).cpu() for segment, total in totals.items()}
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #c4a2b0f4

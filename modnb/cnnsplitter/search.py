@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['RELEASED', 'PAPER', 'DEMO', 'SHOWN', 'Rules', 'check_counts', 'check_choices', 'draw_groups', 'initial_population',
            'by_fitness', 'crossover', 'redraw', 'draw_parents', 'mutate', 'breed', 'bit_strings', 'evaluate_population',
-           'weight_of_accuracy', 'play', 'judge', 'best_generation', 'State', 'next_population', 'next_generation',
-           'describe_search', 'write_state', 'read_state', 'finished', 'check_search', 'SearchResult', 'search']
+           'weight_of_accuracy', 'reached_by', 'play', 'judge', 'best_generation', 'State', 'next_population',
+           'next_generation', 'describe_search', 'write_state', 'read_state', 'finished', 'check_search',
+           'SearchResult', 'search']
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #eef821c7
 import json
@@ -30,6 +31,7 @@ from .tournament import THRESHOLDS, Tournament, jaccard_distances, tournament
 from ..data import Split, images_per_class
 from ..files import digest, load_tensors, refuse_other_run, save_tensors
 from ..masks import ModuleMasks
+from ..prediction import predict
 from ..progress import wants_progress
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #0439f201
@@ -53,6 +55,7 @@ class Rules:
     fewest: int = 50 # combinations kept in each round of the tournament, at least
     most: int = 500 # at most
     thresholds: tuple[tuple[int, float], ...] = THRESHOLDS # up to so many classes: accuracy that is kept
+    relative_goals: bool = False # goal and thresholds are shares of the whole network's accuracy on the same images
     keep_best: bool = True # last generation's best combination stays in the tournament
     first_eligible: int = 1 # first generation that can be the result
 
@@ -238,10 +241,19 @@ def evaluate_population(
 def weight_of_accuracy(
     rules: Rules,
     history: Sequence[Mapping[str, Any]], # rows of the generations so far
+    reached: float = 1.0, # accuracy that the goal is a share of
 ) -> float: # may exceed 1
     "Say how much accuracy counts in the next tournament (CNNSplitter's program)."
     if not history or not rules.accuracy_goal: return rules.accuracy_weight
-    return rules.accuracy_weight + max(0.0, rules.accuracy_goal - history[-1]["accuracy"])
+    return rules.accuracy_weight + max(0.0, reached * rules.accuracy_goal - history[-1]["accuracy"])
+
+# %% ../../nbs/cnnsplitter/04_search.ipynb #432ed505
+def reached_by(
+    whole: Tensor | None, # [C, N], logits of the whole network; None: goals are not relative
+    labels: Tensor, # [N]
+) -> float: # fraction; 1 for None
+    "Measure the accuracy that goals are shares of."
+    return 1.0 if whole is None else (whole.argmax(0) == labels).double().mean().item()
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #5f7aed76
 def play(
@@ -251,13 +263,15 @@ def play(
     rules: Rules,
     history: Sequence[Mapping[str, Any]], # rows of the generations so far
     generator: Generator | None = None, # of the order of the classes, on the CPU
+    whole: Tensor | None = None, # [C, N], logits of the whole network, of whose accuracy goals are shares; None: of 1
 ) -> Tournament:
     "Let a generation play its tournament (CNNSplitter Sec. 3.3.3)."
     classes = len(outputs)
     order = torch.randperm(classes, generator=generator)
     best = torch.zeros(classes, dtype=torch.int64) if rules.keep_best and history else None # survivors come first
-    return tournament(outputs, labels, kernels, order, weight_of_accuracy(rules, history), 1 - rules.accuracy_weight,
-                      rules.fewest, rules.most, rules.thresholds, best)
+    weight = weight_of_accuracy(rules, history, reached_by(whole, labels))
+    return tournament(outputs, labels, kernels, order, weight, 1 - rules.accuracy_weight, rules.fewest, rules.most,
+                      rules.thresholds, best, whole)
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #9817ecab
 def judge(
@@ -316,18 +330,19 @@ def next_generation(
     sensitive: Sequence[str] | None, # see `initial_population`
     state: State | None, # None: begin
     generator: Generator, # on the CPU
+    whole: Tensor | None = None, # see `play`
 ) -> State:
     "Breed, run and judge one generation, and remember the best (CNNSplitter Sec. 3.2 and 3.3)."
     start, history = time.perf_counter(), state.history if state else []
     population = next_population(grouping, rules, sensitive, state, generator).to(runner.device)
     outputs, ran = evaluate_population(runner, grouping, population, state and (state.population, state.outputs))
     kernels = grouping.decode(population)
-    found = play(outputs, runner.labels, kernels, rules, history, generator)
+    found = play(outputs, runner.labels, kernels, rules, history, generator, whole)
     chosen = found.fitness.argmax(1)
     row = {"generation": len(history), "fitness": found.fitness.max().item(),
            **judge(outputs, runner.labels, kernels, chosen, rules.accuracy_weight),
-           "accuracy_weight": weight_of_accuracy(rules, history), "combinations": len(found.members),
-           "modules_run": ran, "seconds": time.perf_counter() - start}
+           "accuracy_weight": weight_of_accuracy(rules, history, reached_by(whole, runner.labels)),
+           "combinations": len(found.members), "modules_run": ran, "seconds": time.perf_counter() - start}
     history = [*history, row]
     result = best_generation(history, rules.first_eligible)
     best = population[torch.arange(len(population)), chosen] if result == row["generation"] else state.best
@@ -342,10 +357,11 @@ def describe_search(
     sensitive: Iterable[str] | None, # see `search`
     seed: int,
     how: str, # "masked" or "extracted"
+    precision: str = "float32", # of the arithmetic
 ) -> dict[str, Any]: # plain values
     "Write down what decides the result of a search."
     about = asdict(rules) | {
-        "seed": seed, "sensitive": None if sensitive is None else sorted(sensitive), "how": how,
+        "seed": seed, "sensitive": None if sensitive is None else sorted(sensitive), "how": how, "precision": precision,
         "classes": grouping.classes, "layers": grouping.sites, "groups": digest([grouping.gene_of]),
         "model": digest(model.state_dict().values()), "images": fingerprint(split)}
     return json.loads(json.dumps(about))
@@ -437,22 +453,25 @@ def search(
     patience: int | None = 20, # generations without a better result before it stops; None: never
     seed: int = 0, # of all chance
     how: str = "auto", # to run modules, see `ModuleRunner`
+    precision: str = "float32", # of the arithmetic, the same
     checkpoint: str | Path | None = None, # file to save to after each generation and to resume from; None: keep nothing
     progress: bool | None = None, # bar on stderr; None: only on a terminal
 ) -> SearchResult:
     "Find a module for each class; ValueError for arguments that do not fit (CNNSplitter Sec. 3)."
     check_search(split, grouping, generations, patience, seed)
-    runner, generator = ModuleRunner(model, split, grouping.sites, how), Generator().manual_seed(seed)
+    runner = ModuleRunner(model, split, grouping.sites, how, precision=precision)
+    generator = Generator().manual_seed(seed)
     if runner.outputs != len(grouping.classes):
         raise ValueError(f"the model has {runner.outputs} outputs, but there are {len(grouping.classes)} classes")
     grouping, sensitive = grouping.to(runner.device), None if sensitive is None else list(sensitive)
-    about = describe_search(model, split, grouping, rules, sensitive, seed, runner.how)
+    about = describe_search(model, split, grouping, rules, sensitive, seed, runner.how, precision)
+    whole = predict(model, split, precision="float32").T.contiguous() if rules.relative_goals else None
     state = read_state(checkpoint, about, generator, runner.device)
     bar = tqdm(total=generations + 1, initial=len(state.history) if state else 0, desc="generations",
                disable=not wants_progress(progress))
     with bar:
         while not finished(state, generations, patience):
-            state = next_generation(runner, grouping, rules, sensitive, state, generator)
+            state = next_generation(runner, grouping, rules, sensitive, state, generator, whole)
             if checkpoint is not None: write_state(checkpoint, about, state, generator)
             bar.set_postfix({name: f"{state.history[-1][name]:.3f}" for name in SHOWN}, refresh=False)
             bar.update()

@@ -36,6 +36,7 @@ def sensitivity(
     shares: Sequence[float] = SHARES, # of the kernels that a layer keeps, in (0, 1], ascending
     how: str = "auto", # see `ModuleRunner`
     progress: bool | None = None, # bar on stderr; None: only on a terminal
+    precision: str = "float32", # see `ModuleRunner`
 ) -> Tensor: # [S, R], float64: accuracy of the composed model for each segment and share
     "Measure what each layer can do without; ValueError for bad shares (CNNSplitter Sec. 3.2.1)."
     if not shares or list(shares) != sorted({*shares}) or not 0 < shares[0] <= shares[-1] <= 1:
@@ -43,11 +44,12 @@ def sensitivity(
     if not importance: raise ValueError("importance names no layer, so there is nothing to measure")
     rows = []
     for segment, values in tqdm(importance.items(), "layers", disable=not wants_progress(progress)):
-        classes = len(values)
-        runner = ModuleRunner(model, split, dict.fromkeys(segment.sites, segment.kernels), how)
-        kernels = torch.cat([top_kernels(values, share) for share in shares]).repeat(1, len(segment.sites))
-        logits = runner(kernels, [*range(classes)] * len(shares)).view(len(shares), classes, -1)
-        rows.append((logits.argmax(1) == runner.labels).double().mean(1))
+        classes, tried = len(values), [share for share in shares if share < 1 or not rows] or list(shares)
+        runner = ModuleRunner(model, split, dict.fromkeys(segment.sites, segment.kernels), how, None, precision)
+        kernels = torch.cat([top_kernels(values, share) for share in tried]).repeat(1, len(segment.sites))
+        logits = runner(kernels, [*range(classes)] * len(tried)).view(len(tried), classes, -1)
+        row = (logits.argmax(1) == runner.labels).double().mean(1)
+        rows.append(torch.cat([row, rows[0][len(tried):]]) if rows else row) # whole layers are the same network again
     return torch.stack(rows).cpu()
 
 # %% ../../nbs/cnnsplitter/02_sensitivity.ipynb #72a05487

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'count_pairs', 'jaccard_distances', 'threshold_for', 'choose_pairs', 'Group', 'first_groups',
-           'pair_accuracy', 'side_by_side', 'between', 'meet', 'check_tournament', 'check_order', 'Tournament',
-           'tournament']
+           'pair_accuracy', 'side_by_side', 'between', 'accuracy_of_whole', 'meet', 'check_tournament', 'check_order',
+           'Tournament', 'tournament']
 
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #cbae4a41
 import math
@@ -142,6 +142,19 @@ def between(
     return torch.cat([jaccard_distances(kernels[at[:split], some[:, :split]], kernels[at[split:], some[:, split:]])
                       .sum((1, 2)) for some in members.split(rows)])
 
+# %% ../../nbs/cnnsplitter/03_tournament.ipynb #6dc46dad
+def accuracy_of_whole(
+    whole: Tensor | None, # [C, N], logits of the network, classes and images in the order of the tournament; None: 1
+    turns: Tensor, # [N], int64: place of each image's class in that order
+    first: Group, # A
+    second: Group, # B, whose classes come right behind A's
+) -> float: # fraction
+    "Test the whole network on the images of two groups, among their classes."
+    if whole is None: return 1.0
+    images, stop = slice(first.start, second.stop), second.place + second.members.shape[1]
+    answers = whole[first.place:stop, images].argmax(0) + first.place
+    return (answers == turns[images]).double().mean().item()
+
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #59a58930
 def meet(
     first: Group, # A
@@ -151,13 +164,14 @@ def meet(
     thresholds: Sequence[tuple[int, float]], # see `threshold_for`
     fewest: int, # combinations kept at least
     most: int, # combinations kept at most
+    share: float = 1.0, # of the thresholds that is asked for, from `accuracy_of_whole`
 ) -> Group: # by falling fitness
     "Test all combinations of two groups and keep the good ones (CNNSplitter Sec. 3.3.3)."
     accuracy = pair_accuracy(first, second).flatten()
     many, split = len(second.members), first.members.shape[1]
     size = split + second.members.shape[1]
     best = None if first.best is None or second.best is None else first.best * many + second.best
-    kept = choose_pairs(accuracy, threshold_for(size, thresholds), fewest, most, best)
+    kept = choose_pairs(accuracy, share * threshold_for(size, thresholds), fewest, most, best)
     a, b = kept // many, kept % many
     members = torch.cat([first.members[a], second.members[b]], 1)
     distance = first.distance[a] + second.distance[b] + between(kernels, first.place, members, split)
@@ -176,6 +190,7 @@ def check_tournament(
     fewest: int,
     most: int,
     thresholds: Sequence[tuple[int, float]],
+    whole: Tensor | None,
 ) -> None:
     "Raise ValueError for arguments that do not fit."
     if outputs.ndim != 3 or labels.shape != outputs.shape[2:] or kernels.shape[:2] != outputs.shape[:2]:
@@ -192,6 +207,8 @@ def check_tournament(
     if len(images) > len(outputs) or not images.all():
         raise ValueError(f"labels must lie in 0..{len(outputs) - 1}, with images of every class; "
                          f"images: {images.tolist()}")
+    if whole is not None and whole.shape != outputs.shape[::2]:
+        raise ValueError(f"whole must be {list(outputs.shape[::2])}, logits of the network, not {list(whole.shape)}")
 
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #fe61e6a8
 def check_order(
@@ -229,21 +246,25 @@ def tournament(
     most: int = 500, # at most (paper: 100)
     thresholds: Sequence[tuple[int, float]] = THRESHOLDS, # up to so many classes: accuracy that is kept
     best: Sequence[int] | Tensor | None = None, # [C], a combination that is kept in any case
+    whole: Tensor | None = None, # [C, N], logits of the whole network, of whose accuracy the thresholds are shares
 ) -> Tournament:
     "Judge modules by their best combination; ValueError for unfit arguments (CNNSplitter Eq. 5, Sec. 3.3.3)."
-    check_tournament(outputs, labels, kernels, fewest, most, thresholds)
+    check_tournament(outputs, labels, kernels, fewest, most, thresholds, whole)
     classes, individuals, device = *outputs.shape[:2], outputs.device
     order = check_order(order, best, classes, individuals).to(device)
     place_of = order.argsort() # class -> its turn
     sizes = torch.bincount(labels, minlength=classes)[order].tolist()
-    outputs, kernels = outputs[order][:, :, place_of[labels].argsort(stable=True)], kernels[order].float()
+    turns, images = place_of[labels].sort(stable=True)
+    outputs, kernels = outputs[order][:, :, images], kernels[order].float()
+    if whole is not None: whole = whole[order][:, images]
     groups = first_groups(outputs, sizes, None if best is None else [int(best[c]) for c in order.tolist()])
     meeting = partial(meet, kernels=kernels, weights=(accuracy_weight, difference_weight), thresholds=thresholds,
                       fewest=fewest, most=most)
     with full_precision(device):
         while len(groups) > 1:
             neighbours = [groups[at:at + 2] for at in range(0, len(groups), 2)]
-            groups = [meeting(*pair) if len(pair) == 2 else pair[0] for pair in neighbours]
+            groups = [meeting(*pair, share=accuracy_of_whole(whole, turns, *pair)) if len(pair) == 2 else pair[0]
+                      for pair in neighbours]
     last = groups[0]
     difference = last.distance / math.comb(classes, 2)
     scores, members = accuracy_weight * last.accuracy + difference_weight * difference, last.members[:, place_of]
