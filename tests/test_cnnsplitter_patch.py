@@ -517,10 +517,11 @@ def test_the_right_weights_are_kept_whatever_the_accuracies(accuracies, half):
     "With made-up accuracies: after epoch n the only weight is n"
     from modnb.cnnsplitter import weak
 
-    def run(model, *_, **__):
+    def run(model, data, objective, optimizer, settings, history, progress):
         for epoch, accuracy in enumerate(accuracies, 1):
             with torch.no_grad(): model.weight.fill_(epoch)
-            yield {"epoch": epoch, "loss": 0.0, "valid_accuracy": accuracy}
+            history.rows.append({"epoch": epoch, "loss": 0.0, "valid_accuracy": accuracy})
+            yield history.last
 
     model, settings = nn.Conv2d(1, 1, 1), weak_settings("overfitting", device="cpu", epochs=len(accuracies))
     with pytest.MonkeyPatch.context() as patches:

@@ -286,6 +286,7 @@ def no_dropout(
     with torch.device("meta"): known = create_model(model, image_size=image_size).config
     return {"dropout": 0.0} if "dropout" in known else {}
 
+# %% ../../nbs/cnnsplitter/06_weak.ipynb #49b7e691
 SIMPLE_OF = {"simcnn": "simple_simcnn", "rescnn": "simple_rescnn"}
 
 def weak_models(
