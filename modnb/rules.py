@@ -229,9 +229,9 @@ class Maker:
 
     def constant(self, name: str, tensor: torch.Tensor) -> Any: raise NotImplementedError
 
-    def together(self, rule: "Rule", question: Callable) -> torch.Tensor:
-        "What a rule answers (rows or columns of a layer); a maker whose layers are called several times asks for all calls."
-        return question(rule)
+    def together(self, rule: "Rule", kept: torch.Tensor, question: Callable) -> torch.Tensor:
+        "Rows or columns of a layer that are used; a maker whose layers may be called several times asks all calls."
+        return question(rule, kept)
 
     def index(self, positions: torch.Tensor) -> Any: raise NotImplementedError
 
@@ -351,10 +351,10 @@ class Channelwise(Rule):
     def reads(self, kept, live): return {s: kept if s is self.source else None for s in self.node.all_input_nodes}
 
     def build(self, out, kept):
-        rows = out.together(self, lambda rule: out.kept[rule.node]) if self.has_channels() else kept
+        rows = out.together(self, kept, lambda rule, kept: kept) if self.has_channels() else kept
         layer = slice_rows(self.layer, rows) if self.has_channels() else copy.deepcopy(self.layer)
         new = out.copy(self.node, lambda s: out.take(s, rows) if s is self.source else out.value(s), layer)
-        return out.narrow(new, rows, kept, out.live[self.node].axis) if self.has_channels() else new
+        return out.narrow(new, rows, kept, self.axis_after(out.live[self.source].axis)) if self.has_channels() else new
 
     def has_channels(self) -> bool: return isinstance(self.layer, (*NORM_LAYERS, *CONV_LAYERS, nn.PReLU))
 
@@ -415,8 +415,8 @@ class Dense(Rule):
     def reads(self, kept, live): return {self.source: None if live[self.source] is None else live[self.source].mask}
 
     def build(self, out, kept):
-        columns = out.together(self, lambda rule: rule.columns(out.live))
-        rows = out.together(self, lambda rule: out.kept[rule.node])
+        columns = out.together(self, kept, lambda rule, kept: rule.columns(out.live))
+        rows = out.together(self, kept, lambda rule, kept: kept)
         x = out.take(self.source, columns) if self.fits(out.live) else out.whole(self.source)
         new = out.copy(self.node, lambda s: x, slice_dense(self.layer, rows, columns))
         return out.narrow(new, rows, kept, self.axis)

@@ -350,7 +350,6 @@ def trace(
     with evaluating(model):
         traced = trace_graph(model, example.to(home_of(model, torch.device("cpu")), kind))
         name_sites(traced)
-        mark_heads(traced.graph)
     return traced
 
 # %% ../nbs/10_units.ipynb #8b379f76
@@ -593,12 +592,13 @@ def mark_heads(
 
 # %% ../nbs/10_units.ipynb #08dc526b
 def kind_of_sites(
-    traced: fx.GraphModule, # with named nodes
+    traced: fx.GraphModule, # with named nodes and shapes
     kind: str = "activation", # one of `KINDS`
 ) -> list[fx.Node]: # in order of execution
     "The nodes of one kind, without the outputs of the network; raises `ValueError` for an unknown kind."
     if kind not in KINDS: raise ValueError(f"unknown kind of site '{kind}'; there are {', '.join(KINDS)}")
     outputs = output_nodes(traced.graph)
+    mark_heads(traced.graph)
     return [n for n in KINDS[kind](traced.graph.nodes) if n not in outputs]
 
 # %% ../nbs/10_units.ipynb #3ca37809
