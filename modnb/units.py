@@ -6,7 +6,7 @@
 __all__ = ['ACTIVATION_LAYERS', 'ACTIVATION_NAMES', 'CONV_LAYERS', 'NORM_LAYERS', 'KINDS', 'VIEW_LAYERS', 'VIEWS', 'NotTraceable',
            'opaque', 'LayerTracer', 'trace_graph', 'name_sites', 'trace', 'layer_of', 'function_name', 'is_activation',
            'mixes', 'output_nodes', 'permutation', 'unit_axis', 'kind_of_sites', 'unit_sites', 'works_in_place',
-           'views', 'overwritten', 'find_sites', 'observe', 'tap']
+           'views', 'overwritten', 'find_sites', 'site_axes', 'observe', 'tap']
 
 # %% ../nbs/10_units.ipynb #4dbb7c73
 import inspect
@@ -159,6 +159,7 @@ KINDS = {
     "conv": lambda nodes: [n for n in nodes if isinstance(layer_of(n), CONV_LAYERS)],
     "norm": lambda nodes: [_normalised(n) for n in nodes if isinstance(layer_of(n), CONV_LAYERS)],
     "linear": lambda nodes: [n for n in nodes if isinstance(layer_of(n), nn.Linear)],
+    "pointwise": lambda nodes: [n for n in nodes if isinstance(layer_of(n), nn.Linear) and len(n.meta["shape"]) > 2],
 }
 
 # %% ../nbs/10_units.ipynb #978d7c41
@@ -205,7 +206,7 @@ def unit_axis(
 
 # %% ../nbs/10_units.ipynb #08dc526b
 def kind_of_sites(
-    traced: fx.GraphModule, # with named nodes
+    traced: fx.GraphModule, # with names and shapes
     kind: str = "activation", # one of `KINDS`
 ) -> list[fx.Node]: # in order of execution
     "The nodes of one kind, without the outputs of the network; raises `ValueError` for an unknown kind."
@@ -217,7 +218,7 @@ def kind_of_sites(
 def unit_sites(
     model: nn.Module,
     example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
-    kind: str = "activation", # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter) or "linear"
+    kind: str = "activation", # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter), "linear" or "pointwise"
 ) -> dict[str, int]: # site name -> number of units `K`, in order of execution
     "Where a network has units, and how many."
     return {n.meta["site"]: n.meta["shape"][unit_axis(n)] for n in kind_of_sites(trace(model, example), kind)}
@@ -276,14 +277,33 @@ def find_sites(
                          "modnb.units.unit_sites(model, example) lists them")
     return [named[s] for s in wanted]
 
+# %% ../nbs/10_units.ipynb #40bb341d
+def site_axes(
+    model: nn.Module,
+    sites: Iterable[str], # site names
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+) -> dict[str, int]: # site -> dimension of its tensor that holds the units
+    "Tell where sites have their units; ValueError for unknown sites and those whose first dimension is not the images'."
+    sites, named = list(sites), {n.meta["site"]: n for n in trace(model, example).graph.nodes}
+    nodes = find_sites(named, sites)
+    for site, node in zip(sites, nodes):
+        shape = node.meta["shape"]
+        if isinstance(shape, tuple) and shape and shape[0] == len(example): continue
+        said = list(shape) if isinstance(shape, tuple) else "no tensor"
+        raise ValueError(f"'{site}' cannot be looked at image by image: for {len(example)} images it gives {said}. "
+                         "Name the sites to look at, without this one")
+    return {site: unit_axis(node) for site, node in zip(sites, nodes)}
+
 # %% ../nbs/10_units.ipynb #1798db6c
 def observe(
     model: nn.Module, # traced in its current train or eval mode
     sites: Iterable[str], # names from `unit_sites`
+    example: torch.Tensor | None = None, # `[B, C, H, W]`, only its shape matters; None: tensors come as they are
 ) -> fx.GraphModule: # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
-    "A view of the model that also returns the tensors at some sites, without hooks."
+    "A view of the model that also returns the tensors at some sites, with an example as `[B, K, ...]`, without hooks."
     traced = trace_graph(model)
     sites = list(sites)
+    axes = {} if example is None else site_axes(model, sites, example)
     nodes = find_sites(name_sites(traced), sites)
     output = next(n for n in traced.graph.nodes if n.op == "output")
     seen = {}
@@ -291,6 +311,9 @@ def observe(
         seen[site] = node
         if overwritten(node):
             with traced.graph.inserting_after(node): seen[site] = traced.graph.call_function(torch.clone, (node,))
+        if (axis := axes.get(site, 1)) != 1:
+            with traced.graph.inserting_after(seen[site]):
+                seen[site] = traced.graph.call_function(torch.movedim, (seen[site], axis, 1))
     output.args = ((output.args[0], seen),)
     traced.graph.lint()
     traced.recompile()
