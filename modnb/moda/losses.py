@@ -17,7 +17,7 @@ from ..devices import full_precision, one_hot
 from ..maps import with_means
 from ..objectives import WeightedTerms
 from ..similarity import AVERAGES, check_rows, cosine_losses, inverse, join_rows
-from ..units import function_name, layer_of, observe, tap, trace, site_axes, unit_sites
+from ..units import function_name, layer_of, observe, site_axes, tap, trace, unit_sites
 
 # %% ../../nbs/moda/00_losses.ipynb #21361f30
 def unit_activations(

@@ -19,7 +19,7 @@ from ..masks import ModuleMasks, threshold_masks
 from ..prediction import evaluate, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
-from ..units import find_sites, function_name, kind_of_sites, mixes, trace, site_axes, unit_axis, unit_sites
+from ..units import find_sites, function_name, kind_of_sites, mixes, site_axes, trace, unit_axis, unit_sites
 
 # %% ../../nbs/moda/03_residual.ipynb #9dc67e68
 class Gated(fx.Interpreter):
