@@ -29,11 +29,24 @@ class NotTraceable(ValueError):
 _opaque: list[type[nn.Module]] = []
 
 
-def opaque(
-    *classes: type[nn.Module], # layer classes that tracing shall not look into
-) -> None:
-    "Record layers of these classes as a single call: a way to use a network with an untraceable layer."
-    _opaque.extend(c for c in classes if c not in _opaque)
+class opaque:
+    "Record layers of some classes as a single call, from here on or, in a `with` statement, to its end."
+
+    def __init__(
+        self,
+        *classes: type[nn.Module], # layer classes that tracing shall not look into
+    ):
+        self.classes = classes
+        _opaque.extend(classes)
+
+    def end(self) -> None:
+        "Look into these layers again."
+        for c in self.classes: _opaque.remove(c)
+        self.classes = ()
+
+    def __enter__(self) -> "opaque": return self
+
+    def __exit__(self, *error) -> None: self.end()
 
 # %% ../nbs/10_units.ipynb #a97643ec
 class LayerTracer(fx.Tracer):
