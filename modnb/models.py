@@ -341,13 +341,13 @@ def fill_in_patch(
     parts: int, # patches along a side where nothing else is said
     least: int = 1, # pixels of their sides, at least
 ) -> Callable[[dict[str, Any]], dict[str, Any]]: # settings of a builder, `patch` perhaps None -> the same, `patch` a number
-    "Decide the side of a patch; ValueError where patches do not fill the image."
+    "Decide the side of a patch; ValueError where patches do not fill the image, or there is no layer."
     def fill_in(settings: dict[str, Any]) -> dict[str, Any]:
         size, patch = settings["image_size"], settings["patch"]
         patch = max(least, size // parts) if patch is None else check_number("patch", patch, 1, size, whole=True)
         if size % patch: raise ValueError(f"patches of {patch} pixels do not fill an image of {size}: choose `patch` or "
                                           "`image_size` so that they do")
-        return settings | {"patch": patch}
+        return settings | {"patch": patch, "depth": check_number("depth", settings["depth"], 1, whole=True)}
     return fill_in
 
 # %% ../nbs/01_models.ipynb #c9049596
