@@ -153,6 +153,13 @@ class Builder(Maker):
         self.plan, self.graph = plan, fx.Graph()
         self.root: dict[str, nn.Module | torch.Tensor] = {} # what the smaller network holds, by name
         self.indices: list[str] = [] # names of index buffers
+        self.twins: dict[int, nn.Parameter] = {} # id of a parameter of the whole network -> its part
+        self.calls: dict[str, list[Rule]] = {} # path of a layer -> its calls
+        for node in self.kept.keys() & plan.rules.keys():
+            if plan.rules[node].layer is not None: self.calls.setdefault(plan.rules[node].path, []).append(plan.rules[node])
+
+    def together(self, rule, question): # a layer that is called several times is there once, with what any call uses
+        return torch.stack([question(call) for call in self.calls[rule.path] if type(call) is type(rule)]).any(0)
 
     def call(self, what, *args, **options):
         new = (self.graph.call_method if isinstance(what, str) else self.graph.call_function)(what, args, options)
@@ -160,10 +167,12 @@ class Builder(Maker):
         return new
 
     def copy(self, node, argument, layer=None):
-        args, options = (fx.map_arg(a, argument) for a in (node.args, node.kwargs))
-        held = constant_of(node) if node.op == "get_attr" else layer
-        target = node.target if held is None else self._register(node.target, held)
-        return self.graph.create_node(node.op, target, args, options, name=node.name, type_expr=node.type)
+        written = layer is not None and node.op == "call_function" # a function, of which a layer does the work
+        args, options = (((argument(node.args[0]),), {}) if written
+                         else (fx.map_arg(a, argument) for a in (node.args, node.kwargs)))
+        held = constant_of(node) if node.op == "get_attr" else self._tied(node, layer)
+        target = node.target if held is None else self._register(node.meta.get("path", node.target), held)
+        return self.graph.create_node("call_module" if written else node.op, target, args, options, name=node.name, type_expr=node.type)
 
     def constant(self, name, tensor): return self.graph.get_attr(self._register(name, tensor))
 
@@ -173,15 +182,26 @@ class Builder(Maker):
 
     def _register(self, target: str, what: nn.Module | torch.Tensor) -> str:
         name, call = target, 2
-        while name in self.root: name, call = f"{target}_call{call}", call + 1
-        self.root[name] = what
+        while name in self.root and not _same(self.root[name], what): name, call = f"{target}_call{call}", call + 1
+        self.root.setdefault(name, what)
         return name
+
+    def _tied(self, node: fx.Node, layer: nn.Module | None) -> nn.Module | None:
+        "Parameters that are one in the whole network are one in the smaller, if they have lost the same."
+        whole = self.plan.rules[node].layer
+        for name, parameter in whole.named_parameters(remove_duplicate=False) if layer is not None else ():
+            path, _, own = name.rpartition(".")
+            owner = layer.get_submodule(path)
+            twin = self.twins.setdefault(id(parameter), owner._parameters[own])
+            if _same(twin, owner._parameters[own]): owner._parameters[own] = twin
+        return layer
 
     def build(self) -> Extracted:
         plan, wanted = self.plan, self.plan.outputs
         output = lambda s: self.whole(s) if wanted is None else self.take(s, wanted)
         for node in plan.graph.nodes:
-            if node.op == "placeholder" and node not in self.kept: self.graph.placeholder(node.target) # unused input
+            if node.op == "placeholder" and node not in self.kept: # unused input
+                self.graph.create_node("placeholder", node.target, node.args)
             if node in self.kept: self.new[node] = plan.rules[node].build(self, self.kept[node])
             if node.op == "output": self.graph.output(fx.map_arg(node.args[0], output))
         for node in reversed(list(self.graph.nodes)): # parameters of which only parts are used
@@ -190,6 +210,14 @@ class Builder(Maker):
         module = Extracted(self.root, self.graph, type(plan.graph.owning_module).__name__)
         module._non_persistent_buffers_set.update(self.indices)
         return module
+
+
+def _same(one: nn.Module | torch.Tensor, other: nn.Module | torch.Tensor) -> bool:
+    "Do two copies of one layer or parameter hold the same?"
+    if isinstance(one, torch.Tensor): return one.shape == other.shape and torch.equal(one, other)
+    if not isinstance(other, nn.Module): return False
+    held, others = one.state_dict(), other.state_dict()
+    return type(one) is type(other) and held.keys() == others.keys() and all(_same(held[name], others[name]) for name in held)
 
 # %% ../nbs/13_extract.ipynb #7cfcaa2c
 class ChannelMask(nn.Module):
@@ -280,7 +308,9 @@ class Anatomy:
         "Which weights stay, by parameter name."
         plan, found, buffers = self.plan(keep, outputs), {}, dict(self.traced.named_buffers())
         for node, kept in plan.kept.items():
-            found |= {n: w for n, w in plan.rules[node].weights(kept, plan.live).items() if n not in found}
+            own = plan.rules[node].weights(kept, plan.live)
+            if node.op == "get_attr": own = {name: weights for name, weights in own.items() if name not in found} # read in parts
+            found |= {name: weights.joined(found.get(name)) for name, weights in own.items()}
         return {name: weights for name, weights in found.items() if name not in buffers}
 
     def _like_the_model(self, made: fx.GraphModule) -> fx.GraphModule: # its layers have the modes of the model's
