@@ -170,6 +170,7 @@ def constant_value(
     args, options = (fx.map_arg(a, constant_value) for a in (node.args, node.kwargs))
     with torch.no_grad():
         if node.op == "call_method": return getattr(args[0], node.target)(*args[1:], **options)
+        if node.op == "call_module": return copy.deepcopy(layer_of(node)).eval()(*args, **options)
         return node.target(*args, **options)
 
 

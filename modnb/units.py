@@ -7,10 +7,10 @@ __all__ = ['SIZES', 'ACTIVATION_LAYERS', 'ACTIVATION_NAMES', 'CONV_LAYERS', 'NOR
            'LAST_NAMES', 'FIRST_NAMES', 'SAME_PLACE_LAYERS', 'SAME_PLACE_NAMES', 'PER_HEAD_NAMES', 'RESHAPING_NAMES',
            'VIEW_LAYERS', 'VIEWS', 'NotTraceable', 'opaque', 'layer_of', 'function_name', 'Known', 'KnownAttribute',
            'can_open', 'open_attention', 'DoesNotPass', 'LayerTracer', 'trace_graph', 'name_sites', 'unwrapped',
-           'trace', 'is_activation', 'mixes', 'output_nodes', 'permutation', 'origin_of', 'same_place', 'unit_axis',
-           'is_constant', 'axis_before', 'Torn', 'torn', 'sources_of_heads', 'way_of_heads', 'mark_heads',
+           'fitting', 'trace', 'is_activation', 'mixes', 'output_nodes', 'permutation', 'origin_of', 'same_place',
+           'unit_axis', 'is_constant', 'axis_before', 'Torn', 'torn', 'sources_of_heads', 'way_of_heads', 'mark_heads',
            'kind_of_sites', 'unit_sites', 'unit_axes', 'works_in_place', 'views', 'overwritten', 'find_sites',
-           'observe', 'tap']
+           'site_axes', 'observe', 'tap']
 
 # %% ../nbs/10_units.ipynb #4dbb7c73
 import copy
@@ -338,6 +338,15 @@ def unwrapped(
     return model
 
 
+def fitting(
+    model: nn.Module,
+    example: torch.Tensor,
+) -> torch.Tensor: # on the model's device, in its kind of floating point numbers
+    "An example as the model takes it."
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point() and example.is_floating_point())
+    return example.to(home_of(model, torch.device("cpu")), next(kinds, example.dtype))
+
+
 def trace(
     model: nn.Module,
     example: torch.Tensor, # `[B, C, H, W]` or whatever the model takes; only its shape matters
@@ -346,9 +355,8 @@ def trace(
     if not isinstance(example, torch.Tensor):
         raise ValueError(f"example must be a tensor such as torch.zeros(1, 3, 32, 32), not {type(example).__name__}")
     model = unwrapped(model)
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point() and example.is_floating_point()), example.dtype)
     with evaluating(model):
-        traced = trace_graph(model, example.to(home_of(model, torch.device("cpu")), kind))
+        traced = trace_graph(model, fitting(model, example))
         name_sites(traced)
     return traced
 
@@ -383,6 +391,7 @@ KINDS = {
     "conv": lambda nodes: [n for n in nodes if isinstance(layer_of(n), CONV_LAYERS)],
     "norm": lambda nodes: [_normalised(n) for n in nodes if isinstance(layer_of(n), CONV_LAYERS)],
     "linear": lambda nodes: [n for n in nodes if isinstance(layer_of(n), nn.Linear)],
+    "pointwise": lambda nodes: [n for n in nodes if isinstance(layer_of(n), nn.Linear) and len(n.meta["shape"]) > 2],
     "head": lambda nodes: [n for n in nodes if n.meta.get("attention")], # found by `mark_heads`
 }
 
@@ -466,7 +475,7 @@ def is_constant(
 ) -> bool: # False for functions that read nothing, which may draw random numbers
     "Is the node computed from parameters and buffers alone?"
     if "constant" not in node.meta:
-        inputs = node.all_input_nodes if node.op in ("call_function", "call_method") else []
+        inputs = node.all_input_nodes if node.op.startswith("call") else []
         node.meta["constant"] = node.op == "get_attr" or bool(inputs) and all(map(is_constant, inputs))
     return node.meta["constant"]
 
@@ -605,7 +614,7 @@ def kind_of_sites(
 def unit_sites(
     model: nn.Module,
     example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
-    kind: str = "activation", # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter), "linear" or "head"
+    kind: str = "activation", # "activation" (MODA), "norm" (MwT), "conv" (CNNSplitter), "linear", "pointwise" or "head"
 ) -> dict[str, int]: # site name -> number of units `K`, in order of execution
     "Where a network has units, and how many."
     return {n.meta["site"]: n.meta["shape"][unit_axis(n)] for n in kind_of_sites(trace(model, example), kind)}
@@ -673,14 +682,34 @@ def find_sites(
                          "modnb.units.unit_sites(model, example) lists them")
     return [named[s] for s in wanted]
 
+# %% ../nbs/10_units.ipynb #40bb341d
+def site_axes(
+    model: nn.Module,
+    sites: Iterable[str], # site names
+    example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
+) -> dict[str, int]: # site -> dimension of its tensor that holds the units
+    "Tell where sites have their units; ValueError for unknown sites and those whose first dimension is not the images'."
+    sites, named = list(sites), {n.meta["site"]: n for n in trace(model, example).graph.nodes}
+    nodes = find_sites(named, sites)
+    for site, node in zip(sites, nodes):
+        shape = node.meta["shape"]
+        if isinstance(shape, tuple) and shape and shape[0] == len(example): continue
+        said = list(shape) if isinstance(shape, tuple) else "no tensor"
+        raise ValueError(f"'{site}' cannot be looked at image by image: for {len(example)} images it gives {said}. "
+                         "Name the sites to look at, without this one")
+    return {site: unit_axis(node) for site, node in zip(sites, nodes)}
+
 # %% ../nbs/10_units.ipynb #1798db6c
 def observe(
     model: nn.Module, # traced in its current train or eval mode
     sites: Iterable[str], # names from `unit_sites`
+    example: torch.Tensor | None = None, # `[B, C, H, W]`, only its shape matters; None: tensors come as they are
 ) -> fx.GraphModule: # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
-    "A view of the model that also returns the tensors at some sites, without hooks."
-    traced = trace_graph(model)
+    "A view of the model that also returns the tensors at some sites, with an example as `[B, K, ...]`, without hooks."
+    if example is not None: example = fitting(model, example)
+    traced = trace_graph(unwrapped(model), example)
     sites = list(sites)
+    axes = {} if example is None else site_axes(model, sites, example)
     nodes = find_sites(name_sites(traced), sites)
     output = next(n for n in traced.graph.nodes if n.op == "output")
     seen = {}
@@ -688,6 +717,9 @@ def observe(
         seen[site] = node
         if overwritten(node):
             with traced.graph.inserting_after(node): seen[site] = traced.graph.call_function(torch.clone, (node,))
+        if (axis := axes.get(site, 1)) != 1:
+            with traced.graph.inserting_after(seen[site]):
+                seen[site] = traced.graph.call_function(torch.movedim, (seen[site], axis, 1))
     output.args = ((output.args[0], seen),)
     traced.graph.lint()
     traced.recompile()

@@ -126,6 +126,6 @@ def used_units(
     if trained.system == "mwt": found = sample_masks(trained.network, split)
     else:
         images = normalise(split.images, split.mean, split.std)
-        with torch.no_grad(): _, observed = observe(trained.plain, sites)(images)
+        with torch.no_grad(): _, observed = observe(trained.plain, sites, images[:2])(images)
         found = {site: active_units(activation) for site, activation in observed.items()}
     return torch.cat([found[site] for site in sites], 1)
