@@ -18,7 +18,7 @@ from torch import fx, nn
 from .devices import home_of
 from .rules import KeptWeights, Live, Maker, Rule, Whole, constant_of, rule_of, spread, tensor_inputs
 from modnb.units import (
-    find_sites, function_name, mark_heads, trace, unit_axis, unwrapped, works_in_place,
+    find_sites, function_name, layer_of, mark_heads, trace, unit_axis, unwrapped, works_in_place,
 )
 
 # %% ../nbs/13_extract.ipynb #e4b786bd
@@ -156,12 +156,11 @@ class Builder(Maker):
         self.root: dict[str, nn.Module | torch.Tensor] = {} # what the smaller network holds, by name
         self.indices: list[str] = [] # names of index buffers
         self.twins: dict[int, nn.Parameter] = {} # id of a parameter of the whole network -> its part
-        self.calls: dict[str, list[Rule]] = {} # path of a layer -> its calls
-        for node in self.kept.keys() & plan.rules.keys():
-            if plan.rules[node].layer is not None: self.calls.setdefault(plan.rules[node].path, []).append(plan.rules[node])
+        self.calls: dict[int | str, list[Rule]] = {} # what a layer is known by -> its calls
+        for node in self.kept.keys() & plan.rules.keys(): self.calls.setdefault(_known_by(plan.rules[node]), []).append(plan.rules[node])
 
     def together(self, rule, kept, question): # a layer that is called several times is there once, with what any call uses
-        calls = (call for call in self.calls[rule.path] if type(call) is type(rule))
+        calls = (call for call in self.calls[_known_by(rule)] if type(call) is type(rule))
         return torch.stack([question(call, self.kept[call.node]) for call in calls]).any(0)
 
     def call(self, what, *args, **options):
@@ -213,6 +212,12 @@ class Builder(Maker):
         module = Extracted(self.root, self.graph, type(plan.graph.owning_module).__name__)
         module._non_persistent_buffers_set.update(self.indices)
         return module
+
+
+def _known_by(rule: Rule) -> int | str:
+    "The weights of a layer, which another may share, else its path."
+    weight = getattr(layer_of(rule.node), "weight", None)
+    return rule.path if weight is None else id(weight)
 
 
 def _same(one: nn.Module | torch.Tensor, other: nn.Module | torch.Tensor) -> bool:

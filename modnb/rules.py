@@ -7,7 +7,7 @@ __all__ = ['WRITTEN', 'CHANNELWISE_LAYERS', 'CHANNELWISE_NAMES', 'SUM_NAMES', 'P
            'Live', 'all_alive', 'clone_layer', 'take_along', 'slice_dense', 'slice_rows', 'KeptWeights', 'spread',
            'constant_of', 'constant_value', 'layer_behind', 'Maker', 'Calculator', 'Rule', 'Whole', 'Channelwise',
            'Normalised', 'Dense', 'Grouped', 'plain_layer', 'Elementwise', 'Product', 'Union', 'PerHead', 'Concat',
-           'Part', 'Fold', 'Reshape', 'Tear', 'Size', 'Piece', 'Input', 'tensor_inputs', 'rule_of']
+           'Part', 'Fold', 'Reshape', 'Tear', 'Size', 'Number', 'Piece', 'Input', 'tensor_inputs', 'rule_of']
 
 # %% ../nbs/12_rules.ipynb #c1420c1c
 import copy
@@ -360,7 +360,7 @@ class Channelwise(Rule):
     def has_channels(self) -> bool: return isinstance(self.layer, (*NORM_LAYERS, *CONV_LAYERS, nn.PReLU))
 
     def weights(self, kept, live):
-        if not self.has_channels(): return {}
+        if not self.has_channels(): return super().weights(kept, live)
         return self.of_layer({n: KeptWeights.along(p, 0, kept) for n, p in self.layer.named_parameters()})
 
 # %% ../nbs/12_rules.ipynb #afe3b09e
@@ -733,6 +733,23 @@ class Size(Rule):
         if known is not None and dim % len(full) == known.axis: return full[dim]
         return out.call("size", out.value(self.source), dim)
 
+# %% ../nbs/12_rules.ipynb #672ae169
+class Number(Rule):
+    "A size of something that is the same for all images: the full network's."
+
+    def alive(self, live): return None
+
+    def reads(self, kept, live): return {}
+
+    def build(self, out, kept):
+        value = constant_value(self.node)
+        return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _is_number(node: fx.Node) -> bool:
+    shapes = node.meta["shape"] if isinstance(node.meta["shape"], list) else [node.meta["shape"]]
+    return all(shape is None for shape in shapes) and node.op.startswith("call") and is_constant(node)
+
 # %% ../nbs/12_rules.ipynb #ed794dc2
 class Piece(Channelwise):
     "One piece of `unbind`, `chunk` or `split` along another dimension than the units."
@@ -852,6 +869,7 @@ def rule_of(
 ) -> Rule:
     "Choose the rule for a node."
     if node.op in ("placeholder", "get_attr"): return Input(node)
+    if _is_number(node): return Number(node)
     layer, name, args, tensors = layer_behind(node)[0], function_name(node), node.args, tensor_inputs(node)
     first = args[0] if args and isinstance(args[0], fx.Node) else None
     known = live.get(first)

@@ -464,8 +464,10 @@ def unit_axis(
     before, order, shape = unit_axis(source), permutation(node), source.meta["shape"]
     if order: return order.index(before)
     if math.prod(shape) == math.prod(node.meta["shape"]) and len(shape) != rank:
-        at = same_place(shape, before, node.meta["shape"])
+        at, left = same_place(shape, before, node.meta["shape"]), math.prod(shape[:before])
         if at is not None: return at
+        for at, size in enumerate(node.meta["shape"]): # merged with what is behind them?
+            if size > 1 and size % shape[before] == 0 and math.prod(node.meta["shape"][:at]) == left: return at
     if len(shape) == rank: return before
     return rank - 1 if before == len(shape) - 1 else min(1, rank - 1)
 
@@ -571,9 +573,10 @@ def _over_heads(node: fx.Node, axis: int) -> bool:
 
 def way_of_heads(
     site: fx.Node, # product of attention weights and values
+    axis: int, # dimension that may hold the heads
 ) -> dict[fx.Node, int] | None: # node -> dimension of the heads; None where the heads cannot be cut
     "Go back from attention to the layers that make queries, keys and values."
-    found, stack = {}, [(site, len(site.meta["shape"]) - 3)]
+    found, stack = {}, [(site, axis)]
     while stack:
         node, axis = stack.pop()
         if is_constant(node): continue
@@ -595,9 +598,10 @@ def mark_heads(
         while isinstance(layer_of(weights), (nn.Dropout, nn.Identity)) or function_name(weights) in ("dropout", "to", "type_as"):
             weights = weights.args[0]
         is_softmax = isinstance(layer_of(weights), nn.Softmax) or function_name(weights) == "softmax"
-        way = way_of_heads(node) if is_softmax or name == "scaled_dot_product_attention" else None
-        for passed, axis in (way or {}).items(): passed.meta["heads"] = axis
-        node.meta["attention"] = way is not None
+        tried = range(len(shape) - 3, 0, -1) if is_softmax or name == "scaled_dot_product_attention" else ()
+        way = next(filter(None, (way_of_heads(node, axis) for axis in tried)), {})
+        for passed, axis in way.items(): passed.meta["heads"] = axis
+        node.meta["attention"] = bool(way)
 
 # %% ../nbs/10_units.ipynb #08dc526b
 def kind_of_sites(
