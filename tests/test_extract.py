@@ -3,6 +3,7 @@
 import functools
 import math
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -510,6 +511,32 @@ def test_several_outputs_and_a_dictionary():
     assert found["features"].shape == (2, 4, 4, 4) and (found["features"][:, 1] == 0).all()
     assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in expected)
     with pytest.raises(ValueError, match="one tensor"): extract(net, keep, x, outputs=[0])
+
+
+@dataclass
+class Answer:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("answer", [lambda x, y: {"hidden": x, "logits": y}, lambda x, y: (y,), lambda x, y: (y, None),
+                                    lambda x, y: Answer(None, y)])
+def test_columns_of_logits_among_other_outputs(answer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return answer(x, self.b(x))
+
+    net, x, keep = Net(), torch.randn(2, 3), {"relu": torch.tensor([True, False, True, True])}
+    whole = Net.forward(net, x)
+    with torch.no_grad(): found = extract(net, {}, x, outputs=[1, 3])(x)
+    logits = whole.logits if isinstance(whole, Answer) else whole["logits"] if isinstance(whole, dict) else whole[0]
+    assert torch.allclose(found, logits[:, [1, 3]], atol=1e-6)
+    assert extract(net, keep, x, outputs=[1, 3])(x).shape == (2, 2)
 
 
 def test_an_output_with_dead_channels_keeps_its_width():

@@ -63,4 +63,4 @@ def decompose(
 ) -> ModuleMasks: # a module for each class, on the CPU
     "Find the units that each class needs; ValueError for bad arguments and classes without images (MODA Eq. 9)."
     rates = activation_rates(model, split, sites, example, batch_size, augment, generator)
-    return threshold_masks(rates, split.classes, keep_threshold, empty)
+    return threshold_masks(rates, split.classes, keep_threshold, empty).of(model)
