@@ -17,7 +17,9 @@ from torch import fx, nn
 
 from .devices import home_of
 from .rules import KeptWeights, Live, Maker, Rule, Whole, constant_of, rule_of, spread, tensor_inputs
-from .units import find_sites, function_name, trace, unit_axis, works_in_place
+from modnb.units import (
+    find_sites, function_name, layer_of, mark_heads, trace, unit_axis, unwrapped, works_in_place,
+)
 
 # %% ../nbs/13_extract.ipynb #e4b786bd
 class EmptyModule(ValueError):
@@ -154,12 +156,12 @@ class Builder(Maker):
         self.root: dict[str, nn.Module | torch.Tensor] = {} # what the smaller network holds, by name
         self.indices: list[str] = [] # names of index buffers
         self.twins: dict[int, nn.Parameter] = {} # id of a parameter of the whole network -> its part
-        self.calls: dict[str, list[Rule]] = {} # path of a layer -> its calls
-        for node in self.kept.keys() & plan.rules.keys():
-            if plan.rules[node].layer is not None: self.calls.setdefault(plan.rules[node].path, []).append(plan.rules[node])
+        self.calls: dict[int | str, list[Rule]] = {} # what a layer is known by -> its calls
+        for node in self.kept.keys() & plan.rules.keys(): self.calls.setdefault(_known_by(plan.rules[node]), []).append(plan.rules[node])
 
-    def together(self, rule, question): # a layer that is called several times is there once, with what any call uses
-        return torch.stack([question(call) for call in self.calls[rule.path] if type(call) is type(rule)]).any(0)
+    def together(self, rule, kept, question): # a layer that is called several times is there once, with what any call uses
+        calls = (call for call in self.calls[_known_by(rule)] if type(call) is type(rule))
+        return torch.stack([question(call, self.kept[call.node]) for call in calls]).any(0)
 
     def call(self, what, *args, **options):
         new = (self.graph.call_method if isinstance(what, str) else self.graph.call_function)(what, args, options)
@@ -210,6 +212,12 @@ class Builder(Maker):
         module = Extracted(self.root, self.graph, type(plan.graph.owning_module).__name__)
         module._non_persistent_buffers_set.update(self.indices)
         return module
+
+
+def _known_by(rule: Rule) -> int | str:
+    "The weights of a layer, which another may share, else its path."
+    weight = getattr(layer_of(rule.node), "weight", None)
+    return rule.path if weight is None else id(weight)
 
 
 def _same(one: nn.Module | torch.Tensor, other: nn.Module | torch.Tensor) -> bool:
@@ -285,8 +293,9 @@ class Anatomy:
         model: nn.Module,
         example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
     ):
-        self.model = model
-        self.traced = trace(model, example)
+        self.model = unwrapped(model)
+        self.traced = trace(self.model, example)
+        mark_heads(self.traced.graph)
         _read_after_write(self.traced.graph)
         self.named = {n.meta["site"]: n for n in self.traced.graph.nodes}
 

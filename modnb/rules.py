@@ -7,7 +7,7 @@ __all__ = ['WRITTEN', 'CHANNELWISE_LAYERS', 'CHANNELWISE_NAMES', 'SUM_NAMES', 'P
            'Live', 'all_alive', 'clone_layer', 'take_along', 'slice_dense', 'slice_rows', 'KeptWeights', 'spread',
            'constant_of', 'constant_value', 'layer_behind', 'Maker', 'Calculator', 'Rule', 'Whole', 'Channelwise',
            'Normalised', 'Dense', 'Grouped', 'plain_layer', 'Elementwise', 'Product', 'Union', 'PerHead', 'Concat',
-           'Part', 'Fold', 'Reshape', 'Tear', 'Size', 'Piece', 'Input', 'tensor_inputs', 'rule_of']
+           'Part', 'Fold', 'Reshape', 'Tear', 'Size', 'Number', 'Piece', 'Input', 'tensor_inputs', 'rule_of']
 
 # %% ../nbs/12_rules.ipynb #c1420c1c
 import copy
@@ -170,6 +170,7 @@ def constant_value(
     args, options = (fx.map_arg(a, constant_value) for a in (node.args, node.kwargs))
     with torch.no_grad():
         if node.op == "call_method": return getattr(args[0], node.target)(*args[1:], **options)
+        if node.op == "call_module": return copy.deepcopy(layer_of(node)).eval()(*args, **options)
         return node.target(*args, **options)
 
 
@@ -229,9 +230,9 @@ class Maker:
 
     def constant(self, name: str, tensor: torch.Tensor) -> Any: raise NotImplementedError
 
-    def together(self, rule: "Rule", question: Callable) -> torch.Tensor:
-        "What a rule answers (rows or columns of a layer); a maker whose layers are called several times asks for all calls."
-        return question(rule)
+    def together(self, rule: "Rule", kept: torch.Tensor, question: Callable) -> torch.Tensor:
+        "Rows or columns of a layer that are used; a maker whose layers may be called several times asks all calls."
+        return question(rule, kept)
 
     def index(self, positions: torch.Tensor) -> Any: raise NotImplementedError
 
@@ -351,15 +352,15 @@ class Channelwise(Rule):
     def reads(self, kept, live): return {s: kept if s is self.source else None for s in self.node.all_input_nodes}
 
     def build(self, out, kept):
-        rows = out.together(self, lambda rule: out.kept[rule.node]) if self.has_channels() else kept
+        rows = out.together(self, kept, lambda rule, kept: kept) if self.has_channels() else kept
         layer = slice_rows(self.layer, rows) if self.has_channels() else copy.deepcopy(self.layer)
         new = out.copy(self.node, lambda s: out.take(s, rows) if s is self.source else out.value(s), layer)
-        return out.narrow(new, rows, kept, out.live[self.node].axis) if self.has_channels() else new
+        return out.narrow(new, rows, kept, self.axis_after(out.live[self.source].axis)) if self.has_channels() else new
 
     def has_channels(self) -> bool: return isinstance(self.layer, (*NORM_LAYERS, *CONV_LAYERS, nn.PReLU))
 
     def weights(self, kept, live):
-        if not self.has_channels(): return {}
+        if not self.has_channels(): return super().weights(kept, live)
         return self.of_layer({n: KeptWeights.along(p, 0, kept) for n, p in self.layer.named_parameters()})
 
 # %% ../nbs/12_rules.ipynb #afe3b09e
@@ -415,8 +416,8 @@ class Dense(Rule):
     def reads(self, kept, live): return {self.source: None if live[self.source] is None else live[self.source].mask}
 
     def build(self, out, kept):
-        columns = out.together(self, lambda rule: rule.columns(out.live))
-        rows = out.together(self, lambda rule: out.kept[rule.node])
+        columns = out.together(self, kept, lambda rule, kept: rule.columns(out.live))
+        rows = out.together(self, kept, lambda rule, kept: kept)
         x = out.take(self.source, columns) if self.fits(out.live) else out.whole(self.source)
         new = out.copy(self.node, lambda s: x, slice_dense(self.layer, rows, columns))
         return out.narrow(new, rows, kept, self.axis)
@@ -732,6 +733,23 @@ class Size(Rule):
         if known is not None and dim % len(full) == known.axis: return full[dim]
         return out.call("size", out.value(self.source), dim)
 
+# %% ../nbs/12_rules.ipynb #672ae169
+class Number(Rule):
+    "A size of something that is the same for all images: the full network's."
+
+    def alive(self, live): return None
+
+    def reads(self, kept, live): return {}
+
+    def build(self, out, kept):
+        value = constant_value(self.node)
+        return tuple(value) if isinstance(value, torch.Size) else value
+
+
+def _is_number(node: fx.Node) -> bool:
+    shapes = node.meta["shape"] if isinstance(node.meta["shape"], list) else [node.meta["shape"]]
+    return all(shape is None for shape in shapes) and node.op.startswith("call") and is_constant(node)
+
 # %% ../nbs/12_rules.ipynb #ed794dc2
 class Piece(Channelwise):
     "One piece of `unbind`, `chunk` or `split` along another dimension than the units."
@@ -851,6 +869,7 @@ def rule_of(
 ) -> Rule:
     "Choose the rule for a node."
     if node.op in ("placeholder", "get_attr"): return Input(node)
+    if _is_number(node): return Number(node)
     layer, name, args, tensors = layer_behind(node)[0], function_name(node), node.args, tensor_inputs(node)
     first = args[0] if args and isinstance(args[0], fx.Node) else None
     known = live.get(first)

@@ -7,8 +7,8 @@ __all__ = ['SIZES', 'ACTIVATION_LAYERS', 'ACTIVATION_NAMES', 'CONV_LAYERS', 'NOR
            'LAST_NAMES', 'FIRST_NAMES', 'SAME_PLACE_LAYERS', 'SAME_PLACE_NAMES', 'PER_HEAD_NAMES', 'RESHAPING_NAMES',
            'VIEW_LAYERS', 'VIEWS', 'NotTraceable', 'opaque', 'layer_of', 'function_name', 'Known', 'KnownAttribute',
            'can_open', 'open_attention', 'DoesNotPass', 'LayerTracer', 'trace_graph', 'name_sites', 'unwrapped',
-           'trace', 'is_activation', 'mixes', 'output_nodes', 'permutation', 'origin_of', 'same_place', 'unit_axis',
-           'is_constant', 'axis_before', 'Torn', 'torn', 'sources_of_heads', 'way_of_heads', 'mark_heads',
+           'fitting', 'trace', 'is_activation', 'mixes', 'output_nodes', 'permutation', 'origin_of', 'same_place',
+           'unit_axis', 'is_constant', 'axis_before', 'Torn', 'torn', 'sources_of_heads', 'way_of_heads', 'mark_heads',
            'kind_of_sites', 'unit_sites', 'unit_axes', 'works_in_place', 'views', 'overwritten', 'find_sites',
            'site_axes', 'observe', 'tap']
 
@@ -338,6 +338,15 @@ def unwrapped(
     return model
 
 
+def fitting(
+    model: nn.Module,
+    example: torch.Tensor,
+) -> torch.Tensor: # on the model's device, in its kind of floating point numbers
+    "An example as the model takes it."
+    kinds = (p.dtype for p in model.parameters() if p.is_floating_point() and example.is_floating_point())
+    return example.to(home_of(model, torch.device("cpu")), next(kinds, example.dtype))
+
+
 def trace(
     model: nn.Module,
     example: torch.Tensor, # `[B, C, H, W]` or whatever the model takes; only its shape matters
@@ -346,11 +355,9 @@ def trace(
     if not isinstance(example, torch.Tensor):
         raise ValueError(f"example must be a tensor such as torch.zeros(1, 3, 32, 32), not {type(example).__name__}")
     model = unwrapped(model)
-    kind = next((p.dtype for p in model.parameters() if p.is_floating_point() and example.is_floating_point()), example.dtype)
     with evaluating(model):
-        traced = trace_graph(model, example.to(home_of(model, torch.device("cpu")), kind))
+        traced = trace_graph(model, fitting(model, example))
         name_sites(traced)
-        mark_heads(traced.graph)
     return traced
 
 # %% ../nbs/10_units.ipynb #8b379f76
@@ -457,8 +464,10 @@ def unit_axis(
     before, order, shape = unit_axis(source), permutation(node), source.meta["shape"]
     if order: return order.index(before)
     if math.prod(shape) == math.prod(node.meta["shape"]) and len(shape) != rank:
-        at = same_place(shape, before, node.meta["shape"])
+        at, left = same_place(shape, before, node.meta["shape"]), math.prod(shape[:before])
         if at is not None: return at
+        for at, size in enumerate(node.meta["shape"]): # merged with what is behind them?
+            if size > 1 and size % shape[before] == 0 and math.prod(node.meta["shape"][:at]) == left: return at
     if len(shape) == rank: return before
     return rank - 1 if before == len(shape) - 1 else min(1, rank - 1)
 
@@ -468,7 +477,7 @@ def is_constant(
 ) -> bool: # False for functions that read nothing, which may draw random numbers
     "Is the node computed from parameters and buffers alone?"
     if "constant" not in node.meta:
-        inputs = node.all_input_nodes if node.op in ("call_function", "call_method") else []
+        inputs = node.all_input_nodes if node.op.startswith("call") else []
         node.meta["constant"] = node.op == "get_attr" or bool(inputs) and all(map(is_constant, inputs))
     return node.meta["constant"]
 
@@ -564,9 +573,10 @@ def _over_heads(node: fx.Node, axis: int) -> bool:
 
 def way_of_heads(
     site: fx.Node, # product of attention weights and values
+    axis: int, # dimension that may hold the heads
 ) -> dict[fx.Node, int] | None: # node -> dimension of the heads; None where the heads cannot be cut
     "Go back from attention to the layers that make queries, keys and values."
-    found, stack = {}, [(site, len(site.meta["shape"]) - 3)]
+    found, stack = {}, [(site, axis)]
     while stack:
         node, axis = stack.pop()
         if is_constant(node): continue
@@ -588,18 +598,20 @@ def mark_heads(
         while isinstance(layer_of(weights), (nn.Dropout, nn.Identity)) or function_name(weights) in ("dropout", "to", "type_as"):
             weights = weights.args[0]
         is_softmax = isinstance(layer_of(weights), nn.Softmax) or function_name(weights) == "softmax"
-        way = way_of_heads(node) if is_softmax or name == "scaled_dot_product_attention" else None
-        for passed, axis in (way or {}).items(): passed.meta["heads"] = axis
-        node.meta["attention"] = way is not None
+        tried = range(len(shape) - 3, 0, -1) if is_softmax or name == "scaled_dot_product_attention" else ()
+        way = next(filter(None, (way_of_heads(node, axis) for axis in tried)), {})
+        for passed, axis in way.items(): passed.meta["heads"] = axis
+        node.meta["attention"] = bool(way)
 
 # %% ../nbs/10_units.ipynb #08dc526b
 def kind_of_sites(
-    traced: fx.GraphModule, # with names and shapes
+    traced: fx.GraphModule, # with named nodes and shapes
     kind: str = "activation", # one of `KINDS`
 ) -> list[fx.Node]: # in order of execution
     "The nodes of one kind, without the outputs of the network; raises `ValueError` for an unknown kind."
     if kind not in KINDS: raise ValueError(f"unknown kind of site '{kind}'; there are {', '.join(KINDS)}")
     outputs = output_nodes(traced.graph)
+    mark_heads(traced.graph)
     return [n for n in KINDS[kind](traced.graph.nodes) if n not in outputs]
 
 # %% ../nbs/10_units.ipynb #3ca37809
@@ -698,7 +710,8 @@ def observe(
     example: torch.Tensor | None = None, # `[B, C, H, W]`, only its shape matters; None: tensors come as they are
 ) -> fx.GraphModule: # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
     "A view of the model that also returns the tensors at some sites, with an example as `[B, K, ...]`, without hooks."
-    traced = trace_graph(model)
+    if example is not None: example = fitting(model, example)
+    traced = trace_graph(unwrapped(model), example)
     sites = list(sites)
     axes = {} if example is None else site_axes(model, sites, example)
     nodes = find_sites(name_sites(traced), sites)
