@@ -639,7 +639,7 @@ def test_bad_subtasks_and_masks(trained):
 def small_transformer(): return create_model("vit_small", width=0.05, image_size=16, depth=2, seed=0)
 
 
-def small_convnext(): return create_model("convnext_tiny", width=0.05, image_size=16, depth=3, dropout=0.4, layer_scale=1.0, seed=0)
+def small_convnext(): return create_model("convnext_tiny", width=0.05, image_size=16, depth=3, dropout=0.4, seed=0)
 
 
 def small_swin():
