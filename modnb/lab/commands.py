@@ -380,7 +380,7 @@ def choose_hardware(
     if asked: return choose(hardware_kind(asked), there, "hardware with measured epochs"), ""
     kind = hardware_kind(hardware_name("cuda" if count_gpus() else "cpu"))
     if kind in there: return kind, ""
-    return kind, f"Nothing was measured on {kind} yet; --on NAME estimates for {', '.join(there) or 'what rows name'}."
+    return kind, f"Nothing was measured on {kind} yet" + (f"; --on NAME estimates for {', '.join(there)}." * bool(there) or ".")
 
 
 def print_plan(
