@@ -204,12 +204,13 @@ def settings_for(
 def loss_weights(
     model: str, # in our name
     dataset: str, # in our name
-) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; empty where the paper has none
+) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; the usual ones where the paper has none
     "Look up the weights of MwT's losses (MwT Tab. 1)."
     weights = read_published("mwt_table1")
-    weights = weights[(weights["model"] == model) & (weights["dataset"] == dataset)]
+    weights = weights[(weights["model"] == model.removesuffix("_4096")) & (weights["dataset"] == dataset)]
     settings = {"cohesion_weight": "w_cohesion", "coupling_weight": "w_coupling"}
-    return {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    found = {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    return found or {"w_cohesion": (0.5,), "w_coupling": (1.5,)}
 
 # %% ../../nbs/lab/06_published.ipynb #2bea6cd8
 def recipe(
@@ -221,8 +222,7 @@ def recipe(
     details = {name: (float(text),) if re.fullmatch(r"[\d.]+", text) else (text,)
                for name, text in json.loads(number["details"] or "{}").items()}
     if about == "replacement": return settings_for(number, "replacement") | details
-    own = (number["paper"], number["system"]) == ("mwt", "mwt")
-    weights = loss_weights(number["model"], number["dataset"]) if own else {}
+    weights = loss_weights(number["model"], number["dataset"]) if number["system"] == "mwt" else {}
     return settings_for(number, "training") | weights | settings_for(number, "modules") | details
 
 # %% ../../nbs/lab/06_published.ipynb #62908880
