@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'Condition', 'CAVEATS', 'PRINTED', 'HEADING', 'COLUMNS', 'DESCRIBING', 'CORRECTED', 'RECIPES',
-           'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text', 'read_caveats', 'concerns', 'caveats_of',
-           'read_heading', 'line_label', 'subject', 'read_number', 'read_published', 'published_tables', 'settings_for',
-           'loss_weights', 'recipe', 'is_accepted', 'what_differs', 'check_rows', 'prepare_rows', 'all_subtasks_rows',
-           'rows_for', 'missing_subtasks', 'asked', 'groups_for', 'check_tolerances', 'printed_part', 'measured',
-           'refuse_mixture', 'like_for_like', 'belongs_elsewhere', 'lines_for', 'beside', 'side_by_side', 'notes_for',
-           'line_text', 'beside_text']
+           'TOLERANCE', 'MEASURED', 'CELL', 'bootstrap_interval', 'table_text', 'read_caveats', 'concerns',
+           'caveats_of', 'read_heading', 'line_label', 'subject', 'read_number', 'read_published', 'published_tables',
+           'settings_for', 'loss_weights', 'recipe', 'is_accepted', 'what_differs', 'check_rows', 'prepare_rows',
+           'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'groups_for', 'check_tolerances',
+           'printed_part', 'measured', 'refuse_mixture', 'like_for_like', 'belongs_elsewhere', 'lines_for', 'beside',
+           'side_by_side', 'notes_for', 'line_text', 'beside_text', 'without_scale', 'coverage']
 
 # %% ../../nbs/lab/06_published.ipynb #da0f1782
 import csv
@@ -512,3 +512,41 @@ def beside_text(
     lines = [line for line in known.to_dict("records") if line["n"] or not run_only]
     columns = ["system", "metric", "published", "ours", "n", "interval", "difference", "within", "notes"]
     return pandas.DataFrame(map(line_text, lines), columns=columns, index=[line["line"] for line in lines])
+
+# %% ../../nbs/lab/06_published.ipynb #b15c27e1
+CELL = ("table", "line", "system", "metric", "filled", "due", "study", "stage", "reason") # columns of `coverage`
+
+
+def without_scale(
+    differs: str, # from `groups_for`
+) -> str: # what is left; empty: as the recipe has it
+    "Leave out differences that only say how small a run is."
+    small = [f"{name} " for name in RECIPES["scale"]]
+    parts = differs.split(", ") if differs else []
+    return ", ".join(part for part in parts if not part.startswith(tuple(small)) and " sub-tasks instead of " not in part
+                     and not (" instead of A100" in part or " instead of V100" in part))
+
+# %% ../../nbs/lab/06_published.ipynb #6cb693f6
+def coverage(
+    rows: Frame, # from `read_rows`, of any number of studies
+    rehearsed: bool = False, # whether rows are those of a rehearsal: how large things are makes no difference
+    histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
+) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, reason: why it is empty
+    "Say for each published number whether rows of its recipe are there, and where not, why."
+    import pandas
+
+    ready, cells = prepare_rows(rows), []
+    for table in TABLES:
+        for number in read_published(table).to_dict("records"):
+            if number["reading"] == "superseded": continue
+            groups = [(group, without_scale(text) if rehearsed else text) for group, text in groups_for(number, ready)]
+            groups = [(group, text) for group, text in groups
+                      if all(group.iloc[0][name] == number[name] for name in ("model", "dataset"))]
+            fits = [group for group, text in groups if not text]
+            average = "average" in (number["model"], number["target"])
+            reason = "an average of other lines" if average else groups[0][1] if groups else "no such row"
+            study = ", ".join(dict.fromkeys(name for group in fits for name in group["study"]))
+            cells.append({"table": table, "line": number["line"], "system": number["system"],
+                          "metric": number["metric"], "filled": bool(fits), "due": not average, "study": study,
+                          "stage": "", "reason": "" if fits else reason})
+    return pandas.DataFrame(cells, columns=list(CELL))
