@@ -206,12 +206,13 @@ def settings_for(
 def loss_weights(
     model: str, # in our name
     dataset: str, # in our name
-) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; empty where the paper has none
+) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; the usual ones where the paper has none
     "Look up the weights of MwT's losses (MwT Tab. 1)."
     weights = read_published("mwt_table1")
-    weights = weights[(weights["model"] == model) & (weights["dataset"] == dataset)]
+    weights = weights[(weights["model"] == model.removesuffix("_4096")) & (weights["dataset"] == dataset)]
     settings = {"cohesion_weight": "w_cohesion", "coupling_weight": "w_coupling"}
-    return {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    found = {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    return found or {"w_cohesion": (0.5,), "w_coupling": (1.5,)}
 
 # %% ../../nbs/lab/06_published.ipynb #2bea6cd8
 ASKED = ("paper", "table", "system", "model", "dataset", "size", "target", "details", "metric") # what a recipe depends on
@@ -229,8 +230,7 @@ def _recipe(*asked: Any) -> dict[str, tuple[Any, ...]]: # values of `ASKED`
     number = dict(zip(ASKED, asked, strict=True))
     details = {name: (float(text),) if re.fullmatch(r"[\d.]+", text) else (text,)
                for name, text in json.loads(number["details"] or "{}").items()}
-    own = (number["paper"], number["system"]) == ("mwt", "mwt")
-    weights = loss_weights(number["model"], number["dataset"]) if own else {}
+    weights = loss_weights(number["model"], number["dataset"]) if number["system"] == "mwt" else {}
     parts = [settings_for(number, "training"), weights, settings_for(number, "modules")]
     if number["metric"] in RECIPES["replaced"]: parts = [settings_for(number, "replacement")]
     found = {name: accepted for part in parts for name, accepted in part.items()}
