@@ -520,16 +520,14 @@ CELL = ("table", "line", "system", "metric", "filled", "due", "study", "stage", 
 def without_scale(
     differs: str, # from `groups_for`
 ) -> str: # what is left; empty: as the recipe has it
-    "Leave out differences that only say how small a run is."
-    small = [f"{name} " for name in RECIPES["scale"]]
-    parts = differs.split(", ") if differs else []
-    return ", ".join(part for part in parts if not part.startswith(tuple(small)) and " sub-tasks instead of " not in part
-                     and not (" instead of A100" in part or " instead of V100" in part))
+    "Leave out the differences that a rehearsal is bound to have."
+    bound = (" sub-tasks instead of ", *(f" instead of {gpu}" for gpu in RECIPES["gpus"].values()))
+    return ", ".join(part for part in differs.split(", ") if part and not any(text in part for text in bound))
 
 # %% ../../nbs/lab/06_published.ipynb #6cb693f6
 def coverage(
-    rows: Frame, # from `read_rows`, of any number of studies
-    rehearsed: bool = False, # whether rows are those of a rehearsal: how large things are makes no difference
+    rows: Frame, # from `read_rows`, of any number of studies, perhaps with the column `stage`
+    rehearsed: bool = False, # whether rows are those of a rehearsal, with the settings of the study
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
 ) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, reason: why it is empty
     "Say for each published number whether rows of its recipe are there, and where not, why."
@@ -545,8 +543,11 @@ def coverage(
             fits = [group for group, text in groups if not text]
             average = "average" in (number["model"], number["target"])
             reason = "an average of other lines" if average else groups[0][1] if groups else "no such row"
-            study = ", ".join(dict.fromkeys(name for group in fits for name in group["study"]))
+            try: refuse_mixture(table, number, fits)
+            except ValueError as error: fits, reason = [], str(error).partition(": ")[2]
+            study, stage = (", ".join(dict.fromkeys(name for group in fits for name in group.get(column, ())))
+                            for column in ("study", "stage"))
             cells.append({"table": table, "line": number["line"], "system": number["system"],
                           "metric": number["metric"], "filled": bool(fits), "due": not average, "study": study,
-                          "stage": "", "reason": "" if fits else reason})
+                          "stage": stage, "reason": "" if fits else reason})
     return pandas.DataFrame(cells, columns=list(CELL))
