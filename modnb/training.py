@@ -216,8 +216,9 @@ class Compiled:
         batch_size: int, # images of a usual batch; another one takes the plain way
         mode: str, # of `torch.compile`
     ):
-        self.plain, self.batch_size = plain, batch_size
-        self.compiled = torch.compile(plain, dynamic=False, mode=mode)
+        self.plain, self.batch_size, self.compiled = plain, batch_size, plain
+        try: self.compiled = torch.compile(plain, dynamic=False, mode=mode)
+        except Exception as error: self.give_up(error) # some versions of Python and PyTorch refuse at once
 
     def give_up(
         self,
