@@ -463,7 +463,7 @@ def command_parser() -> ArgumentParser:
     played.add_argument("--runs", help="folder of the rehearsal (runs/rehearsal of the checkout)")
     played.add_argument("--experiments", default=str(default_experiments()), metavar="FOLDER", help="as for run")
     played.add_argument("--jobs", "-j", type=int, default=1, help="steps at a time (1)")
-    played.add_argument("--every", action="store_true", help="also cells that differ by seed or loss weights alone")
+    played.add_argument("--every", action="store_true", help="also cells that differ from another in the seed alone")
     played.add_argument("--cells", type=int, default=0, metavar="N", help="of each study, those with most stages (all)")
     played.add_argument("--device", default="cpu", help="where networks are (cpu)")
     run.add_argument("--dry-run", "-n", action="store_true", help="only say what there is to do")
