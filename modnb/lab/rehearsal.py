@@ -319,7 +319,8 @@ def judged(
 
     tables, due = {table for study in chosen for table in matrix[study]["fills"]}, due_tables(matrix, chosen)
     if not rows or not tables: return pandas.DataFrame(columns=["table", "filled", "due"])
-    cells = coverage(pandas.concat(rows.values(), ignore_index=True), rehearsed=True, histories=histories)
+    played = pandas.concat(rows.values(), ignore_index=True).assign(hardware="a rehearsal")
+    cells = coverage(played, rehearsed=True, histories=histories)
     cells = cells[cells["table"].isin(tables)]
     return cells.assign(due=cells["due"] & cells["table"].isin(due) & whole)
 

@@ -106,7 +106,7 @@ def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
 
 # %% ../../nbs/lab/03_results.ipynb #d2334438
 REHEARSING = "MODNB_REHEARSAL" # environment variable, set in the processes of a rehearsal
-REHEARSED = "stand-in images, " # what the hardware of its rows begins with
+REHEARSED = "stand-in images on " # what the hardware of its rows begins with
 
 def only_rehearsed(
     hardware: Any, # the column of a row
