@@ -5,16 +5,22 @@ import json
 from functools import cache
 from pathlib import Path
 
+import pandas
 import pytest
 
 from modnb.lab.matrix import read_matrix, study_cells
-from modnb.lab.published import TABLES, read_published, what_differs
-from modnb.lab.results import read_rows
+from modnb.lab.published import TABLES, beside, read_published, what_differs
+from modnb.lab.results import describe_run, make_rows, read_rows
 from modnb.lab.running import notebook_parameters, run_notebook
 
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 MATRIX = read_matrix(EXPERIMENTS / "matrix.yaml")
 OWN_RULES = {"mwt": "relax", "moda": "top_share", "plain": "top_share"}
+OF_SYSTEM = { # settings of the training that rows of a system do not record, because the system has no such thing
+    "plain": {"warmup", "average", "affinity", "dispersion", "compactness", "compactness_form", "sites", "w_cohesion",
+              "w_coupling", "generators", "floor", "mask_slope"},
+    "moda": {"w_cohesion", "w_coupling", "generators", "floor", "mask_slope"},
+    "mwt": {"affinity", "dispersion", "compactness", "compactness_form", "sites"}}
 SUBTASKS = "2,3,4,5,6,7,8,9,10"
 
 
@@ -24,7 +30,7 @@ def parameters(notebook): return notebook_parameters(EXPERIMENTS / f"{notebook}.
 
 def recorded(system, settings):
     "What rows of a stage record for these parameters, once for each value that the stage goes through"
-    config = dict(settings)
+    config = {name: value for name, value in settings.items() if name not in OF_SYSTEM[system]}
     if config.get("empty") == "own": config["empty"] = OWN_RULES[system]
     words = lambda name: [word for word in str(config.get(name, "")).split(",") if word]
     lists = {"tune_select": words("tune_select"), "keep_threshold": [float(word) for word in words("thresholds")],
@@ -102,6 +108,46 @@ def test_what_had_no_study():
     assert any("moda_residual" in cell.stages and cell.train["dataset"] == "cifar100" for cell in every)
     assert {cell.train["label_smoothing"] for cell in full["headline_strong"]} == {0.1}, "for all systems"
     assert all(cell.stages for found in full.values() for cell in found if MATRIX[cell.study]["report"])
+
+
+def config_for(table, **about):
+    "Settings of the studies for the published number with these columns"
+    numbers = read_published(table)
+    for column, value in about.items(): numbers = numbers[numbers[column] == value]
+    number = numbers.iloc[0].to_dict()
+    return next(config for model, dataset, system, config in configurations(table)
+                if (model, dataset, system) == (number["model"], number["dataset"], number["system"])
+                and what_differs(number, {"model": model, "dataset": dataset, "hardware": ""}, config) == [])
+
+
+def test_losses_follow_from_rows_of_two_networks():
+    of = {"model": "vgg16", "dataset": "cifar10", "size": "2"}
+    tuned = config_for("mwt_table7", system="mwt", metric="tuned_accuracy", **of)
+    plain = config_for("mwt_table7", system="plain", metric="accuracy", **of)
+    rows = []
+    for pair in list(itertools.combinations("0123456789", 2))[:10]:
+        for system, metric, value, config in (("plain", "accuracy", 0.993, plain), ("mwt", "tuned_accuracy", 0.99, tuned)):
+            about = describe_run("s", system, "vgg16", "cifar10", 0, config, run=system)
+            rows += make_rows(about, {metric: value}, pair)
+    found = beside(pandas.DataFrame(rows), "mwt_table7", draws=10)
+    lost = found[(found.metric == "tuned_loss") & (found.n > 0)]
+    assert lost.line.tolist() == ["vgg16 cifar10, 2 classes"] and lost.ours.tolist() == pytest.approx([0.3])
+    other = [row | {"config": json.dumps(json.loads(row["config"]) | {"lr": 0.1}, sort_keys=True),
+                    "config_hash": "other"} if row["system"] == "plain" else row for row in rows]
+    found = beside(pandas.DataFrame(other), "mwt_table7", smaller=True, draws=10)
+    assert not (found[found.metric == "tuned_loss"].n > 0).any(), "an ordinary network of another recipe"
+
+
+def test_savings_follow_from_rows_with_and_without_compactness():
+    of = {"model": "resnet18", "dataset": "svhn", "system": "moda"}
+    config, rows = config_for("moda_table3", metric="module_size_saving", **of), []
+    for compactness, sizes in ((0.3, (0.08, 0.05)), (0.0, (0.1, 0.1))):
+        about = describe_run(f"s{compactness}", "moda", "resnet18", "svhn", 0, config | {"compactness": compactness},
+                             run=f"moda{compactness}")
+        rows += make_rows(about, dict(zip(("module_size", "overlap"), sizes, strict=True)), split="train")
+    found = beside(pandas.DataFrame(rows), "moda_table3", draws=10)
+    saved = found[found.metric.str.endswith("_saving") & (found.n > 0)]
+    assert saved.line.tolist() == ["resnet18 svhn"] * 2 and saved.ours.tolist() == pytest.approx([0.2, 0.5])
 
 
 # The notebooks, on one small network

@@ -24,7 +24,9 @@ from typing import Any
 
 from ..checks import did_you_mean
 from .matrix import MEASURES, decided, decides, facts
-from .results import FIELDS, METRICS, count_classes, counted_once, decided_texts, number_text
+from modnb.lab.results import (
+    FIELDS, METRICS, count_classes, counted_once, decided_texts, difference_rows, number_text,
+)
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
 Frame = Any # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
@@ -283,9 +285,12 @@ def prepare_rows(
     rows: Frame, # from `read_rows`
 ) -> dict[tuple[str, str], Frame]: # (system, metric) -> rows, without validation; with `size`, `settings` and `decided`
     "Make rows ready for `beside`; `ValueError` for missing columns, a wrong unit, or a hash with two meanings."
+    import pandas
+
     check_rows(rows)
     learned = rows["metric"].astype(str).str.contains("accuracy|precision|recall|_f1$") & (rows["split"] != "test")
     kept = counted_once(rows[rows["value"].notna() & (rows["split"] != "valid") & ~learned])
+    kept = pandas.concat([kept, difference_rows(kept)], ignore_index=True)
     known = {text: json.loads(text) for text in kept["config"].unique()}
     kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known), decided=decided_texts(kept))
     return dict(list(kept.groupby(["system", "metric"])))

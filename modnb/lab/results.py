@@ -9,7 +9,8 @@ __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEAS
            'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'kept_rows', 'stage_layers',
            'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions', 'refuse_mixed',
            'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise',
-           'change_rows', 'number_text', 'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text', 'compare', 'markdown_table',
+           'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
@@ -510,6 +511,44 @@ def change_rows(
     names = found["metric"].str.replace("_accuracy", "_change")
     return found.assign(metric=names, value=100 * (found["value"] - found["whole"]),
                         unit="percentage points").drop(columns="whole")
+
+# %% ../../nbs/lab/03_results.ipynb #a1d97e90
+def paired_rows(
+    rows: Frame, # of one metric
+    others: Frame, # of one metric, of the networks beside which they stand
+    metric: str, # whose deciding settings have to be the same
+    apart: Sequence[str] = (), # settings that may differ
+) -> Frame: # rows that have a counterpart, with its value as `other`
+    "Find the same model, images, seed and classes in other rows, made with the same settings as far as both record them."
+    place = ["model", "dataset", "seed", "classes", "split"]
+    pairs = rows.merge(others[[*place, "config", "value"]], on=place, suffixes=("", "_other"))
+    told = {text: decided(metric, json.loads(text)) for text in {*pairs["config"], *pairs["config_other"]}}
+    names = lambda own, its: (told[own].keys() & told[its].keys()) - {*apart}
+    alike = {(own, its): all(told[own][name] == told[its][name] for name in names(own, its))
+             for own, its in set(zip(pairs["config"], pairs["config_other"], strict=True))}
+    fits = [number for number, pair in enumerate(zip(pairs["config"], pairs["config_other"], strict=True)) if alike[pair]]
+    found = pairs.iloc[fits].drop_duplicates(["run", "study", "config", "classes", "split"])
+    return found.drop(columns="config_other").rename(columns={"value_other": "other"})
+
+# %% ../../nbs/lab/03_results.ipynb #992eeec2
+def difference_rows(
+    rows: Frame, # from `read_rows`, of any number of studies
+) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, as far as rows give them
+    "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
+    import pandas
+
+    of = {system: rows[rows["system"] == system] for system in ("plain", "mwt", "moda")}
+    whole, found = of["plain"][of["plain"]["metric"] == "accuracy"], [rows.iloc[:0]]
+    for metric, name in (("tuned_accuracy", "tuned_loss"), ("accuracy", "accuracy_loss")):
+        pairs = paired_rows(of["mwt"][of["mwt"]["metric"] == metric], whole, "accuracy")
+        found.append(pairs.assign(metric=name, value=100 * (pairs["other"] - pairs["value"]), unit="percentage points"))
+    without = of["moda"]["config"].map(lambda text: json.loads(text).get("compactness") == 0).astype(bool)
+    for metric, name in (("module_size", "module_size_saving"), ("overlap", "overlap_saving")):
+        with_it, left_out = (part[part["metric"] == metric] for part in (of["moda"][~without], of["moda"][without]))
+        pairs = paired_rows(with_it, left_out, metric, ["compactness"])
+        found.append(pairs.assign(metric=name, value=1 - pairs["value"] / pairs["other"]))
+    there = [frame.drop(columns="other", errors="ignore") for frame in found if len(frame)]
+    return pandas.concat(there, ignore_index=True) if there else rows.iloc[:0]
 
 # %% ../../nbs/lab/03_results.ipynb #19cc7998
 def number_text(
