@@ -537,11 +537,9 @@ CELL = ("table", "line", "system", "metric", "filled", "due", "study", "stage", 
 def without_scale(
     differs: str, # from `groups_for`
 ) -> str: # what is left; empty: as the recipe has it
-    "Leave out differences that only say how small a run is."
-    small = [f"{name} " for name in RECIPES["scale"]]
-    parts = differs.split(", ") if differs else []
-    return ", ".join(part for part in parts if not part.startswith(tuple(small)) and " sub-tasks instead of " not in part
-                     and not (" instead of A100" in part or " instead of V100" in part))
+    "Leave out the differences that a rehearsal is bound to have."
+    bound = (" sub-tasks instead of ", *(f" instead of {gpu}" for gpu in RECIPES["gpus"].values()))
+    return ", ".join(part for part in differs.split(", ") if part and not any(text in part for text in bound))
 
 # %% ../../nbs/lab/06_published.ipynb #6cb693f6
 def published_cell(
@@ -557,15 +555,16 @@ def published_cell(
     nearest = min((text for _, text in groups), key=lambda text: text.count(", "), default="")
     reason = "an average of other lines" if average else nearest or f"no row of {number['system']} {number['metric']}"
     found = fits[0]["metric"].iloc[0] if fits else number["metric"]
+    stages = fits[0]["stage"].unique() if fits and "stage" in fits[0] else MEASURES[found].get("from", ["other rows"])
     return {"table": table, "line": number["line"], "system": number["system"], "metric": number["metric"],
             "filled": bool(fits), "due": not average, "reason": "" if fits else reason,
             "study": ", ".join(dict.fromkeys(name for group in fits for name in group["study"])),
-            "stage": " or ".join(MEASURES[found].get("from", {"other rows": []}))}
+            "stage": " or ".join(stages)}
 
 
 def coverage(
-    rows: Frame, # from `read_rows`, of any number of studies
-    rehearsed: bool = False, # whether rows are those of a rehearsal: how large things are makes no difference
+    rows: Frame, # from `read_rows`, of any number of studies, perhaps with the column `stage`
+    rehearsed: bool = False, # whether rows are those of a rehearsal, with the settings of the study
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
 ) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, stage: who measures it
     "Say for each published number and figure whether rows of its recipe are there, and where not, why."

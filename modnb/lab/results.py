@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
-           'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
-           'class_set', 'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows',
-           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'decided_texts',
-           'say_less', 'contradictions', 'refuse_mixed', 'refuse_disagreement', 'say_most', 'counted_once',
-           'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows', 'paired_rows', 'difference_rows',
-           'number_text', 'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'REHEARSING', 'REHEARSED', 'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git',
+           'code_version', 'only_rehearsed', 'describe_run', 'class_set', 'count_classes', 'make_rows', 'check_row',
+           'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'kept_rows', 'stage_layers',
+           'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions', 'refuse_mixed',
+           'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise',
+           'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text', 'compare', 'markdown_table',
+           'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,7 @@ def git(
     except (OSError, subprocess.SubprocessError): return ""
 
 # %% ../../nbs/lab/03_results.ipynb #f2ab11d3
+@cache
 def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     "Name the version of the code that is running."
     tracked = git("ls-files", "--error-unmatch", "__init__.py")
@@ -102,6 +106,16 @@ def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     return f"{modnb.__version__}+g{commit}{'.dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}"
 
 # %% ../../nbs/lab/03_results.ipynb #d2334438
+REHEARSING = "MODNB_REHEARSAL" # environment variable, set in the processes of a rehearsal
+REHEARSED = "stand-in images on " # what the hardware of its rows begins with
+
+def only_rehearsed(
+    hardware: Any, # the column of a row
+) -> bool:
+    "Tell whether something was made on stand-in images, and this process is of no rehearsal."
+    return str(hardware).startswith(REHEARSED) and REHEARSING not in os.environ
+
+
 def describe_run(
     study: str, # the runs that belong together
     system: str, # e.g. "plain", "moda"
@@ -116,7 +130,8 @@ def describe_run(
     return {
         "run": run or f"{study}/{system}-{model}-{dataset}-{config_hash(config)}-seed{seed}",
         "study": study, "system": system, "model": model, "dataset": dataset, "seed": seed,
-        "hardware": hardware_name(device), "code_version": code_version(), "torch": torch.__version__,
+        "hardware": REHEARSED * (REHEARSING in os.environ) + hardware_name(device),
+        "code_version": code_version(), "torch": torch.__version__,
         "config": canonical(config), "config_hash": config_hash(config),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -165,6 +180,8 @@ def check_row(
 
     for field in FIELDS.keys() - row.keys(): refuse(field, "is missing")
     for field in row.keys() - FIELDS.keys(): refuse(field, f"is unknown; a row has {', '.join(FIELDS)}")
+    if only_rehearsed(row["hardware"]):
+        refuse("hardware", "says that the images were stand-ins: rows of a rehearsal are no results")
     for field, (kind, _) in FIELDS.items():
         value = row[field]
         empty = value is None or value == "" or value != value

@@ -18,7 +18,7 @@ from torch import nn
 from ..checks import choose
 from ..data import ImageData, Split, batches, load_dataset, normalise, pick_device
 from ..files import load_tensors, save_tensors
-from .results import describe_run
+from .results import describe_run, only_rehearsed
 from .samples import draw_images
 from ..masks import EMPTY_RULES
 from ..moda.decompose import active_units
@@ -126,6 +126,8 @@ def load_trained(
     path, device = Path(folder)/"model.safetensors", pick_device(device or None)
     if not path.is_file(): raise ValueError(f"no trained network in {str(folder)!r}: {path.name} is missing")
     tensors, about = load_tensors(path, "model")
+    if only_rehearsed(about["run"].get("hardware")):
+        raise ValueError(f"the network in {str(folder)!r} is from a rehearsal, it has seen nothing but stand-in images")
     network = build_network(about["model"])
     network.load_state_dict(tensors)
     network.to(device).eval()
