@@ -152,7 +152,7 @@ def test_stages_take_as_long_as_their_like_did(tmp_path):
     assert line(kind="a GPU", stages=stages, rehearsed=rehearsed)[7] == (
         "0.9 for 2 of 8, others not measured; in a rehearsal 0.03 for 3 of those")
     (tmp_path / f"a/{cells[0].name}/search/search.ipynb").write_text("{}")
-    assert sorted(measured_stages(cells, tmp_path, {}).values()) == [540, 3600], "a notebook that does not say is left out"
+    assert sorted(measured_stages(cells, tmp_path, {}).values()) == [540, 3600], "some notebook does not say"
 
 
 @pytest.mark.parametrize("words, message", [

@@ -52,7 +52,7 @@ def limits_of(
 def distances(
     losses: Sequence[float], # of a loop, step by step
     plain: Sequence[float], # of the plain loop
-) -> tuple[float, float]: # relative distance of the first step, and the largest of any; infinite where a loss is not finite
+) -> tuple[float, float]: # relative, of the first step, and the largest; infinite where a loss is not finite
     "Measure how far two loops are apart."
     apart = (torch.tensor(losses) / torch.tensor(plain) - 1).abs().nan_to_num(nan=torch.inf, posinf=torch.inf)
     return apart[0].item(), apart.max().item()
@@ -183,7 +183,7 @@ def take_steps(
     system: str, # one of `SYSTEMS`
     data: ImageData, # on the device
     **knobs: Any, # as for `fit`
-) -> dict[str, Any]: # precision; losses of ten steps; seconds of the first; images_per_second; compiled: None, True, False
+) -> dict[str, Any]: # precision, losses, first_step_seconds, images_per_second, compiled (None, True or False)
     "Train a new network for a few steps."
     network, objective, device = task.network(system, data), SYSTEMS[system](), data.train.device
     settings, example = knobs_of(task, network, device, **knobs), data.example(2)
@@ -331,7 +331,8 @@ def report_text(
     lines += ["", table.to_string(index=False), ""]
     lines += [f"warning: {text}" for text in report["warnings"]]
     lines += [f"DISAGREES: {text}" for text in report["complaints"]] or ["The loops agree."]
-    return "\n".join(line.rstrip() for text in [*lines, f"{report['seconds']:.0f} seconds"] for line in text.split("\n"))
+    lines += [f"{report['seconds']:.0f} seconds"]
+    return "\n".join(line.rstrip() for text in lines for line in text.split("\n"))
 
 # %% ../../nbs/lab/13_check.ipynb #295b625b
 def check_command(

@@ -382,7 +382,8 @@ def choose_hardware(
     if asked: return choose(hardware_kind(asked), there, "hardware with measured epochs"), ""
     kind = hardware_kind(hardware_name("cuda" if count_gpus() else "cpu"))
     if kind in there: return kind, ""
-    return kind, f"Nothing was measured on {kind} yet" + (f"; --on NAME estimates for {', '.join(there)}." * bool(there) or ".")
+    others = f"; --on NAME estimates for {', '.join(there)}" if there else ""
+    return kind, f"Nothing was measured on {kind} yet{others}."
 
 
 def print_plan(
@@ -399,8 +400,9 @@ def print_plan(
     stages = measured_stages([cell for cells in studies.values() for cell in cells], runs, defaults)
     known = Measured(kind, epochs, stages, rehearsed_seconds(options.rehearsed))
     print(aligned(plan_table(studies, runs, defaults, known)))
-    print("Hours are the sum over networks and over stages, from measured seconds of their like; each has its GPU, or its\n"
-          "processor, to itself, so on a GPU they are GPU-hours. Reports are not in it." + (f"\n{hint}" if hint else ""))
+    print("Hours are the sum over networks and over stages, from measured seconds of their like; each has its GPU, or\n"
+          "its processor, to itself, so on a GPU they are GPU-hours. Reports are not in it.")
+    if hint: print(hint)
     planned = subprocess.run([*words, "--dry-run"], capture_output=True, text=True)
     if planned.returncode: print(planned.stdout + planned.stderr, file=sys.stderr)
     return planned.returncode
@@ -493,7 +495,7 @@ def command_parser() -> ArgumentParser:
     "Describe the commands."
     parser = ArgumentParser(prog="modnb", description="Run studies, see how far they are, report on them.")
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("check", help="what this machine has, and whether the fast loop learns what the plain one does")
+    check = commands.add_parser("check", help="what this machine has, and whether the loops agree on it")
     check.add_argument("--device", default="", help="cpu, cuda, cuda:1, ... (the best there is)")
     check.add_argument("--out", default="", metavar="FILE", help="write the report there as well, as JSON")
     run = commands.add_parser("run", help="run studies", epilog="Words behind -- go to Snakemake.")
@@ -521,7 +523,7 @@ def command_parser() -> ArgumentParser:
     run.add_argument("--on", "--hardware", dest="hardware", default="", metavar="NAME",
                      help="estimate hours for this GPU or processor, as named in rows (this machine's)")
     run.add_argument("--rehearsed", default="", metavar="PATH",
-                     help="estimate stages that were never run from a rehearsal: its folder, or its rehearsal_seconds.csv")
+                     help="what stages took in a rehearsal: its folder, or its rehearsal_seconds.csv")
     return parser
 
 # %% ../../nbs/lab/10_commands.ipynb #3bb00578
