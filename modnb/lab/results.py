@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
-           'WHOLE', 'COMPOSED', 'facts', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
+           'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
            'class_set', 'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows',
-           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'contradictions',
-           'refuse_mixed', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows',
-           'number_text', 'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'decided_texts',
+           'say_less', 'contradictions', 'refuse_mixed', 'refuse_disagreement', 'say_most', 'counted_once',
+           'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows', 'number_text', 'spread_text',
+           'compare', 'markdown_table', 'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
@@ -18,16 +19,15 @@ import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import modnb
 from ..checks import did_you_mean
 from ..files import atomic_path
+from .matrix import ABOUT_METRICS, MEASURES, decided, decides
 from .running import canonical, config_hash
 
 # %% ../../nbs/lab/03_results.ipynb #77fbcb7e
@@ -62,15 +62,8 @@ SPLITS = ("train", "valid", "test", "")
 UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "milliseconds", "ratio")
 
 # %% ../../nbs/lab/03_results.ipynb #59ddc6b5
-def facts(
-    name: str, # of a YAML file in `modnb/lab/facts`, without its ending
-) -> dict[str, Any]: # what stands in it
-    "Read what the lab knows about papers and metrics."
-    return yaml.safe_load((files("modnb.lab") / "facts" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
 MEASURED_METRICS, PUBLISHED_METRICS = (
-    {name: tuple(fact) for name, fact in facts("metrics")[part].items()} for part in ("measured", "published"))
+    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()} for part in ("measured", "published"))
 METRICS = MEASURED_METRICS | PUBLISHED_METRICS # metric -> (unit, meaning)
 
 # %% ../../nbs/lab/03_results.ipynb #fec1aff1
@@ -329,16 +322,37 @@ def layer_rows(
     if not found: raise ValueError(f"no network of these rows has the {what} of its layers")
     return pandas.DataFrame(found)
 
+# %% ../../nbs/lab/03_results.ipynb #86d559ad
+def decided_texts(
+    rows: Frame, # from `read_rows`
+) -> Any: # a series: for each row the settings that decide its number, as JSON
+    "Write down what decided each number: equal texts, the same number."
+    import pandas
+
+    known = {text: json.loads(text) for text in rows["config"].unique()}
+    places = list(zip(rows["metric"], rows["config"], strict=True))
+    texts = {(metric, text): canonical(decided(metric, known[text])) for metric, text in dict.fromkeys(places)}
+    return pandas.Series([texts[place] for place in places], index=rows.index, dtype=object)
+
+
+def say_less(
+    texts: Iterable[str], # from `decided_texts`
+) -> dict[str, list[str]]: # text -> those that record the same, and more of what decides the number
+    "Find the settings that are a part of others."
+    known = {text: frozenset((name, json.dumps(value)) for name, value in json.loads(text).items()) for text in texts}
+    found = {text: [other for other in known if own < known[other]] for text, own in known.items()}
+    return {text: more for text, more in found.items() if more}
+
 # %% ../../nbs/lab/03_results.ipynb #7af5f9c4
 def contradictions(
     rows: Frame, # of one cell
 ) -> dict[str, list[Any]]: # setting, or "hardware" for times -> its values; empty if rows may be averaged
-    "List the settings that rows of one cell record with different values."
-    configs = [json.loads(text) for text in rows["config"].unique()]
+    "List the settings that decide these numbers and that the rows of one cell record with different values."
     found = {}
-    for name in sorted({name for config in configs for name in config}):
-        values = {json.dumps(config[name]): config[name] for config in configs if name in config}
-        if len(values) > 1: found[name] = list(values.values())
+    for metric, text in sorted(set(zip(rows["metric"], rows["config"], strict=True))):
+        for name, value in decided(metric, json.loads(text)).items():
+            found.setdefault(name, {}).setdefault(json.dumps(value), value)
+    found = {name: list(found[name].values()) for name in sorted(found) if len(found[name]) > 1}
     timed = rows["unit"].isin(["seconds", "milliseconds"])
     machines = list(rows.loc[timed, "hardware"].unique())
     return found | ({"hardware": machines} if len(machines) > 1 else {})
@@ -351,8 +365,10 @@ def refuse_mixed(
 ) -> None:
     "Refuse to average rows of different settings: `ValueError` naming the cell and the settings."
     if may_differ is None or not {"config", "hardware", "unit"} <= set(rows.columns): return
+    rows = rows.reset_index(drop=True)
+    settings = rows["metric"] + decided_texts(rows)
     for cell, part in rows.groupby(list(by), sort=False):
-        if part["config_hash"].nunique() < 2 and part["hardware"].nunique() < 2: continue
+        if settings[part.index].nunique() < 2 and part["hardware"].nunique() < 2: continue
         found = {name: values for name, values in contradictions(part).items() if name not in may_differ}
         if not found: continue
         where = ", ".join(f"{name} {value}" for name, value in zip(by, cell, strict=True) if value != "")
@@ -360,19 +376,52 @@ def refuse_mixed(
         raise ValueError(f"rows of different settings would be mixed in one cell ({where}): {what}. Leave some of "
                          f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
 
-# %% ../../nbs/lab/03_results.ipynb #86d559ad
+# %% ../../nbs/lab/03_results.ipynb #1479d701
+AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repetitions
+
+
+def refuse_disagreement(
+    rows: Frame, # from `read_rows`, with an index of its own for each
+    first: Any, # a series: for each row the index of the row that it repeats
+) -> None:
+    "Refuse repetitions that found something else: `ValueError` naming both; times are never the same."
+    others = rows.loc[first].set_axis(rows.index)
+    limits = rows["unit"].map(lambda unit: AGREE.get(unit, (0.0, 0.01)))
+    near = (rows["value"] - others["value"]).abs() <= limits.str[0] + limits.str[1] * others["value"].abs()
+    near |= rows["unit"].isin(["seconds", "milliseconds"]) | (rows["config_hash"] == others["config_hash"])
+    for index in rows.index[~near & rows["value"].notna() & others["value"].notna()]:
+        one, two = others.loc[index], rows.loc[index]
+        own, its = json.loads(one["config"]), json.loads(two["config"])
+        apart = [f"{name} {own.get(name, 'none')} and {its.get(name, 'none')}" for name in sorted({*own, *its})
+                 if own.get(name) != its.get(name)]
+        raise ValueError(f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
+                         f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
+
+# %% ../../nbs/lab/03_results.ipynb #37938520
+def say_most(
+    rows: Frame, # with `place`, a number for each measured place, and `decided`
+) -> Frame: # without rows that record less of what decides their number than others of their place
+    "Leave out rows beside which another stage says more."
+    less = []
+    for _, part in rows.groupby("metric", sort=False):
+        for text, more in say_less(part["decided"].unique()).items():
+            own = part[part["decided"] == text]
+            less += list(own.index[own["place"].isin(part.loc[part["decided"].isin(more), "place"])])
+    return rows.drop(index=less)
+
+
 def counted_once(
     rows: Frame, # from `read_rows`
-    tolerance: float = 1e-4, # relative difference that rounding on a GPU may make
     by: Sequence[str] = (), # columns that tell numbers apart, such as that of a threshold
 ) -> Frame: # without repetitions by other stages
-    "Leave out numbers that another stage measured on the same network, with the same result."
-    kinds = [name for name in ("run", "system", "classes", "metric", "split", "unit") if name in rows]
-    kinds = list(dict.fromkeys([*kinds, *by]))
-    same = rows.groupby(kinds, sort=False, dropna=False)
-    first = same["value"].transform("first")
-    near = (rows["value"] - first).abs() <= tolerance * first.abs()
-    return rows[(rows["config_hash"] == same["config_hash"].transform("first")) | ~near]
+    "Leave out numbers that another stage measured on the same network; `ValueError` where it found something else."
+    kinds = dict.fromkeys(["run", "system", "model", "dataset", "seed", "classes", "metric", "split", "unit", *by])
+    kept = rows.reset_index(drop=True)
+    places = kept.groupby([name for name in kinds if name in kept], sort=False, dropna=False).ngroup()
+    kept = say_most(kept.assign(decided=decided_texts(kept), place=places))
+    same = kept.assign(number=kept.index).groupby(["place", "decided"], sort=False)
+    refuse_disagreement(kept, same["number"].transform("first"))
+    return rows.iloc[kept.index[kept["config_hash"] == same["config_hash"].transform("first")]]
 
 # %% ../../nbs/lab/03_results.ipynb #e01cad28
 def with_settings(
