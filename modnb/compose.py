@@ -7,6 +7,7 @@ __all__ = ['reorder_outputs', 'Composer', 'compose', 'ParallelModules', 'compose
            'unpack_module', 'load_state', 'registered', 'save_module', 'load_module', 'save_onnx']
 
 # %% ../nbs/16_compose.ipynb #c78bd179
+import copy
 import json
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from .data import Split, Stream, batches, class_indices
+from .data import Split, Stream, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
 from .extract import Anatomy
 from .files import UnreadableFile, atomic_path, load_tensors, save_tensors
@@ -55,7 +56,7 @@ class Composer:
     ):
         self.model, self.masks, self.preparation = model, masks, None
         if isinstance(example, Split | Stream):
-            self.preparation, (example, _) = example.preparation(), next(iter(batches(example, 2)))
+            self.preparation, example = example.preparation(), example_of(example)
         if not isinstance(example, torch.Tensor):
             raise ValueError(f"example must be a tensor such as torch.zeros(1, 3, 32, 32), or a split, "
                              f"not {type(example).__name__}")
@@ -69,6 +70,15 @@ class Composer:
         if not isinstance(shape, tuple): raise ValueError("outputs needs a network that returns one tensor")
         axis = unit_axis(source)
         return find_outputs(self.masks.classes, shape[axis], outputs), axis
+
+    def with_masks(
+        self,
+        masks: ModuleMasks, # other modules of the same network and classes
+    ) -> "Composer": # which shares the trace
+        "Compose from other masks."
+        other = copy.copy(self)
+        other.masks = masks
+        return other
 
     def __call__(
         self,

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['DATASETS', 'IMAGE_SUFFIXES', 'INTERPOLATIONS', 'FOLDER_LAYOUT', 'WITHOUT_NUMBERS', 'class_index', 'class_indices',
            'pick_device', 'normalise', 'crop_flip', 'check_labels', 'Split', 'images_per_class', 'check_sizes',
-           'ImageData', 'check_batch', 'Stream', 'as_split', 'draw_augmentation', 'iterate', 'batches', 'hold_out',
-           'resize', 'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source', 'Listed', 'register_dataset',
-           'list_datasets', 'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar', 'cifar10', 'cifar100',
-           'svhn', 'square', 'read_image', 'subfolders', 'image_files', 'read_folder', 'folder', 'find_data',
-           'split_valid', 'steps_of', 'read_transform', 'check_options', 'load_dataset', 'stream_folder']
+           'ImageData', 'check_batch', 'Stream', 'as_split', 'draw_augmentation', 'iterate', 'batches', 'example_of',
+           'hold_out', 'resize', 'channel_statistics', 'MissingDataset', 'CorruptFile', 'Source', 'Listed',
+           'register_dataset', 'list_datasets', 'digits', 'md5_of', 'check_files', 'open_official', 'load_cifar',
+           'cifar10', 'cifar100', 'svhn', 'square', 'read_image', 'subfolders', 'image_files', 'read_folder', 'folder',
+           'find_data', 'split_valid', 'steps_of', 'read_transform', 'check_options', 'load_dataset', 'stream_folder']
 
 # %% ../nbs/00_data.ipynb #cc05dec8
 import hashlib
@@ -173,10 +173,12 @@ class Split:
 
 # %% ../nbs/00_data.ipynb #20234fea
 def images_per_class(
-    split: Split,
+    split: "Split | Stream", # a stream is read to its end
 ) -> Tensor: # [C], float32, on the split's device
     "Count the images of every class; ValueError naming classes without any."
-    return check_sizes(torch.bincount(split.labels, minlength=len(split.classes)), split.classes)
+    parts = [split.labels] if isinstance(split, Split) else [labels for _, labels in split]
+    labels = torch.cat([torch.arange(0, device=split.device), *parts])
+    return check_sizes(torch.bincount(labels, minlength=len(split.classes)), split.classes)
 
 
 def check_sizes(
@@ -362,6 +364,15 @@ def batches(
     order = torch.arange(len(split), device=split.device)
     if shuffle: order = torch.randperm(len(split), generator=generator, device=generator.device).to(split.device)
     return iterate(split, batch_size, order, draw_augmentation(split, generator) if augment else None, drop_last)
+
+# %% ../nbs/00_data.ipynb #2cbb111a
+def example_of(
+    split: "Split | Stream", # images with labels
+    n: int = 2, # images at most
+) -> Tensor: # [n, C, H, W], normalised
+    "Take the first images, to trace a network with; raise ValueError where there are none."
+    for images, _ in batches(split, n): return images[:n]
+    raise ValueError("there are no images to trace the network with")
 
 # %% ../nbs/00_data.ipynb #5214366c
 def hold_out(
