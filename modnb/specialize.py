@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
+from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +32,7 @@ from .masks import ModuleMasks, threshold_masks
 from .metrics import costs, count_weights
 from .moda.decompose import activation_rates, always_active
 from .moda.residual import contributions, keep_sums_alive, relative_contributions, sum_sites
-from .prediction import evaluate, find_outputs, output_names
+from .prediction import evaluate, output_names
 from .progress import wants_progress
 from .subtasks import compare
 from .units import unit_sites
@@ -140,9 +141,10 @@ def verify(
     "Raise ArithmeticError where a small network is not the whole one with silenced units."
     found, allowed = largest_difference(model, small, images), TOLERANCES.get(images.dtype, 0.05)
     if found <= allowed: return found # not for NaN
-    raise ArithmeticError(f"the small network differs from the silenced whole one by {found:.1e} of the largest output, "
-                          f"more than rounding ({allowed:g}); modnb.extract.without_rule(model, example) lists the "
-                          "operations to look at, and modnb.units.opaque keeps a layer whole")
+    raise ArithmeticError("the small network differs from the silenced whole one by "
+                          f"{found:.1e} of the largest output, more than rounding ({allowed:g}); "
+                          "modnb.extract.without_rule(model, example) lists the operations to look at, and "
+                          "modnb.units.opaque keeps a layer whole")
 
 # %% ../nbs/20_specialize.ipynb #23dd2321
 def report_lines(
@@ -164,13 +166,13 @@ def report_text(
     "Write a report as a table and the choices behind it."
     table = ["| | whole | small |", "|---|---|---|", *(f"| {' | '.join(line)} |" for line in report_lines(report))]
     asked = ", ".join(f"{name} {value:g}" for name, value in report["asked"].items() if value is not None)
-    how = "all units stay" if report["way"] == "whole" else f"units chosen by {report['way']}, level {report['level']:g}"
+    how = f"units chosen by {report['way']}, level {report['level']:g}" if report["level"] else "all units stay"
     kept = ", ".join(f"{site} ({kind})" for site, kind in report["kept_whole"].items()) or "nothing"
-    return "\n".join([f"Classes, in the order of the outputs: {', '.join(report['classes'])}.", "", *table, "",
-                      f"Asked for: {asked}; {'reached' if report['reached'] else 'NOT reached, this is the nearest'}. "
-                      f"Of {report['tried']} candidates, on validation images: {how}. Kept whole: {kept}. Largest "
-                      "difference to the whole network with silenced units: "
-                      f"{report['difference']:.1e} of the largest output."])
+    reached = "reached" if report["reached"] else "NOT reached, this is the nearest"
+    story = (f"Asked for: {asked}; {reached}. Of {report['tried']} candidates, on validation images: {how}. "
+             f"Kept whole: {kept}. Largest difference to the whole network with silenced units: {report['difference']:.1e} of the "
+             "largest output.")
+    return "\n".join([f"Classes, in the order of the outputs: {', '.join(report['classes'])}.", "", *table, "", story])
 
 # %% ../nbs/20_specialize.ipynb #3af35f00
 def model_card(
@@ -181,9 +183,10 @@ def model_card(
     head = ["---", "library_name: modnb", "pipeline_tag: image-classification", "tags:", "- image-classification",
             "- pruned", "---", "", f"# A network for {len(report['classes'])} classes", ""]
     known = ", ".join(f"{name} {value}" for name, value in (preparation or {}).items() if value is not None)
-    return "\n".join([*head, report_text(report), "", "## Images", "", f"Prepared with: {known or 'not recorded'}.", "",
-                      "Made with [modnb](https://github.com/modnb/modnb) from a larger network: units that these classes "
-                      "do not use were taken out, without fine-tuning.", ""])
+    pixels = ["## Images", "", f"Prepared with: {known or 'not recorded'}.", ""]
+    return "\n".join([*head, report_text(report), "", *pixels,
+                      "Made with [modnb](https://github.com/modnb/modnb) from a larger network: units that these "
+                      "classes do not use were taken out, without fine-tuning.", ""])
 
 
 def save_program(
@@ -255,7 +258,7 @@ def load_specialized(
     path, extra = Path(folder) / "model.pt2", {"about.json": ""}
     if not path.is_file(): raise FileNotFoundError(f"there is no {path}; Specialized.save writes it")
     try: program = torch.export.load(path, extra_files=extra)
-    except (RuntimeError, ValueError, OSError, KeyError) as error:
+    except (RuntimeError, ValueError, OSError, KeyError, BadZipFile) as error:
         raise UnreadableFile(f"{path} is damaged or no exported program ({error}); make it again") from error
     about = extra["about.json"]
     return Exported(program.module(), json.loads(about.decode() if isinstance(about, bytes) else about)).to(device)
@@ -287,9 +290,9 @@ def check_knowing(
 ) -> None:
     "Warn where a network hardly beats guessing, which a wrong preparation or order of outputs may be the cause of."
     if len(classes) > 1 and accuracy < 1.5 / (len(classes) + 0.5):
-        warnings.warn(f"the whole network is right for {accuracy:.0%} of the validation images of {len(classes)} classes. "
-                      "Are the images normalised as it was trained (mean, std, resize, crop), and is each class the "
-                      "output it should be (outputs)?", stacklevel=3)
+        warnings.warn(f"the whole network is right for {accuracy:.0%} of the validation images, of {len(classes)} "
+                      "classes. Are the images normalised as it was trained (mean, std, resize, crop), and is each "
+                      "class the output it should be (outputs)?", stacklevel=3)
 
 # %% ../nbs/20_specialize.ipynb #069ab943
 def prepare_makers(
@@ -322,7 +325,7 @@ def specialize(
 ) -> Specialized: # network and report
     """Make the smallest network for some classes that loses little enough, and prove that it is right.
 
-    Raises ValueError for classes, outputs and data that do not fit and ArithmeticError where the proof fails. Warns, and
+    Raises ValueError for classes, outputs and data that do not fit, ArithmeticError where the proof fails. Warns, and
     gives the nearest there is, where nothing meets `max_loss` and `size`."""
     if max_loss is None and size is None: max_loss = 0.01
     if max_loss is not None: check_number("max_loss", max_loss, 0, 1)

@@ -427,6 +427,8 @@ def report_command(
 # %% ../../nbs/lab/08_commands.ipynb #2f475082
 def command_parser() -> ArgumentParser:
     "Describe the commands."
+    from modnb.lab.networks import add_network_commands
+
     parser = ArgumentParser(prog="modnb", description="Run studies, see how far they are, report on them.")
     commands = parser.add_subparsers(dest="command", required=True)
     run = commands.add_parser("run", help="run studies", epilog="Words behind -- go to Snakemake.")
@@ -440,6 +442,7 @@ def command_parser() -> ArgumentParser:
         command.add_argument("--runs", default=str(default_runs()), help="folder of all runs (runs/ of the checkout)")
         command.add_argument("--experiments", default=str(default_experiments()), metavar="FOLDER",
                              help="folder with Snakefile, matrix.yaml and notebooks (that of the checkout)")
+    add_network_commands(commands)
     run.add_argument("--dry-run", "-n", action="store_true", help="only say what there is to do")
     run.add_argument("--jobs", "-j", type=int, help="runs at a time (slots on GPUs, or processors)")
     run.add_argument("--gpus", help="number of GPUs, or their names with commas (all there are)")
@@ -455,11 +458,13 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, further = command_parser().parse_args(words[:cut]), words[cut + 1:]
+    from modnb.lab.networks import NETWORK_COMMANDS
+
     try:
         if options.command == "run": return run_command(options, further)
         if further: raise ValueError("only `modnb run` passes words on to Snakemake")
-        return {"status": status_command, "report": report_command}[options.command](options)
-    except (ValueError, NotebookFailed, Taken) as error:
+        return ({"status": status_command, "report": report_command} | NETWORK_COMMANDS)[options.command](options)
+    except (ValueError, FileNotFoundError, NotebookFailed, Taken) as error:
         print(error, file=sys.stderr)
         return {NotebookFailed: 1, Taken: 3}.get(type(error), 2)
 
