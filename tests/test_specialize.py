@@ -3,7 +3,6 @@
 import copy
 import json
 import warnings
-from argparse import Namespace
 from dataclasses import replace
 
 import pytest
@@ -140,7 +139,7 @@ def test_what_cannot_be_reached_is_named(trained):
 
 def test_a_wrong_preparation_is_noticed(trained):
     model, data = trained
-    wrong = replace(data, **{name: replace(getattr(data, name), mean=(9.0,) * 3) for name in ("train", "valid", "test")})
+    wrong = data.map(lambda split: replace(split, mean=(9.0,) * 3))
     with pytest.warns(UserWarning, match="Are the images normalised as it was trained"):
         specialize(model, wrong, data.classes, ways=["activity"])
 
@@ -159,12 +158,13 @@ def test_wrong_data(trained):
     model, data = trained
     empty = replace(data, valid=data.valid.select([]))
     grey = Split(data.train.images[:, :1], data.train.labels, data.classes, (0.5,), (0.5,))
-    for given, words in [(data.train, "not Split"), (empty, "no valid images"), ({"train": data.train}, "no valid images"),
-                         ({"train": data.train, "valid": data.valid, "tset": data.test}, "Did you mean 'test'"),
-                         ({"train": data.train, "valid": data.valid.subtask([1, 7])}, "the valid images have the classes"),
-                         ({"train": data.train.select(data.train.labels != 7), "valid": data.valid}, "no images of 7"),
+    train, valid = data.train, data.valid
+    for wrong, words in [(train, "not Split"), (empty, "no valid images"), ({"train": train}, "no valid images"),
+                         ({"train": train, "valid": valid, "tset": data.test}, "Did you mean 'test'"),
+                         ({"train": train, "valid": valid.subtask([1, 7])}, "the valid images have the classes"),
+                         ({"train": train.select(train.labels != 7), "valid": valid}, "no images of 7"),
                          ({"train": grey, "valid": grey}, "expected input.* to have 3 channels")]:
-        with pytest.raises(ValueError, match=words): specialize(model, given, ["1", "7"])
+        with pytest.raises(ValueError, match=words): specialize(model, wrong, ["1", "7"])
 
 
 def test_the_proof_refuses_a_wrong_network(trained):
@@ -190,10 +190,11 @@ def test_weights_are_read_without_running_code(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in [("whole.pt", "save model.state_dict"), ("list.pt", "no tensors by name"), ("text.pt", "cannot be")]:
+    for name, words in {"whole.pt": "save model.state_dict", "list.pt": "no tensors by name", "text.pt": "cannot"}.items():
         with pytest.raises(ValueError, match=words): read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError): read_weights(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="another network"): open_network("torchvision:squeezenet1_1", tmp_path / "a.pt")
+    with pytest.raises(ValueError, match="another network"):
+        open_network("torchvision:squeezenet1_1", tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("words, message", [

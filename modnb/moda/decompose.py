@@ -98,7 +98,7 @@ def warn_always_active(
     kinds = ", ".join(sorted({*found.values()}))
     warnings.warn(f"{kinds}: never exactly zero, so at {len(found)} of {len(rates)} sites every unit is active for "
                   "every image, and nothing gets smaller there. decompose(..., level=0.1) counts a unit from a share "
-                  "of its own largest activation on; modnb.moda.residual.decompose_by_contribution does not ask for activity",
+                  "of its largest activation on; modnb.moda.residual.decompose_by_contribution asks for no activity",
                   stacklevel=3)
 
 # %% ../../nbs/moda/01_decompose.ipynb #b0821d06

@@ -7,7 +7,7 @@ __all__ = ['Gated', 'lead', 'contributions', 'relative_contributions', 'sum_site
            'decompose_by_contribution', 'strictest_level']
 
 # %% ../../nbs/moda/03_residual.ipynb #f35e6429
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +16,7 @@ from ..compose import Composer
 from ..data import Split, Stream, as_split, batches, class_indices, example_of, images_per_class
 from ..devices import dtype_of, evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
-from ..prediction import evaluate, predict
+from ..prediction import evaluate, find_outputs, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
 from ..units import find_sites, function_name, kind_of_sites, mixes, trace, unit_axis, unit_sites
@@ -57,6 +57,7 @@ def contributions(
     sites: Iterable[str] | None = None, # names from `unit_sites`; None: behind every activation function
     example: Tensor | None = None, # [B, 3, H, W], only its shape matters; None: two images of the split
     batch_size: int = 256, # images at a time; no effect on the result but for rounding
+    outputs: Mapping[str, int] | Sequence[str | int] | None = None, # the output of each class, see `find_outputs`
 ) -> dict[str, Tensor]: # site -> [C, K], float32, change of the lead per unit of the gate
     "Measure what units contribute to classes; ValueError for unknown sites and classes without images."
     split, dtype = as_split(split), dtype_of(model)
@@ -70,9 +71,11 @@ def contributions(
         widths = {site: node.meta["shape"][unit_axis(node)] for site, node in zip(sites, nodes)}
         found = {site: torch.zeros(len(sizes), width, device=split.device) for site, width in widths.items()}
         for images, labels in batches(split, batch_size):
-            gates = {site: torch.ones(len(images), width, device=split.device, dtype=dtype, requires_grad=True)
-                     for site, width in widths.items()}
-            with torch.enable_grad(): total = lead(Gated(traced, gates).run(images.to(dtype)), labels).sum()
+            like = {"device": split.device, "dtype": dtype, "requires_grad": True}
+            gates = {site: torch.ones(len(images), width, **like) for site, width in widths.items()}
+            with torch.enable_grad():
+                logits = Gated(traced, gates).run(images.to(dtype))
+                total = lead(logits[:, find_outputs(split.classes, logits.shape[1], outputs)], labels).sum()
             slopes = torch.autograd.grad(total, list(gates.values()), materialize_grads=True)
             for site, slope in zip(sites, slopes): found[site] += one_hot(labels, len(sizes)).T @ slope.abs().float()
     return {site: total / sizes[:, None] for site, total in found.items()}
