@@ -190,7 +190,8 @@ def test_weights_are_read_without_running_code(tmp_path):
     torch.save(nn.Linear(2, 2), tmp_path / "whole.pt")
     torch.save([1, 2], tmp_path / "list.pt")
     (tmp_path / "text.pt").write_text("hello")
-    for name, words in {"whole.pt": "save model.state_dict", "list.pt": "no tensors by name", "text.pt": "cannot"}.items():
+    refused = {"whole.pt": "save model.state_dict", "list.pt": "no tensors by name", "text.pt": "cannot be read"}
+    for name, words in refused.items():
         with pytest.raises(ValueError, match=words): read_weights(tmp_path / name)
     with pytest.raises(FileNotFoundError): read_weights(tmp_path / "none.pt")
     with pytest.raises(ValueError, match="another network"):
