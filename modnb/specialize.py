@@ -220,7 +220,9 @@ class Specialized:
         write_text(folder / "config.json", json.dumps(about, indent=1))
         text = model_card(self.report, preparation)
         if find_spec("huggingface_hub"):
-            from huggingface_hub import ModelCard
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore") # about widgets that a notebook may lack
+                from huggingface_hub import ModelCard
             text = str(ModelCard(text))
         write_text(folder / "README.md", text)
         return sorted(path.name for path in folder.iterdir())
