@@ -21,11 +21,11 @@ from ..units import function_name, is_activation, layer_of, observe, trace, unit
 
 # %% ../../nbs/moda/01_decompose.ipynb #b3251963
 def active_units(
-    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
+    activation: Tensor, # [B, K, ...], units in dimension 1: maps, sequences or neurons
     least: Tensor | None = None, # [K], mean absolute activation from which on a unit is active; None: any but zero
 ) -> Tensor: # [B, K], bool
     "Tell which units are not zero everywhere; ValueError for other shapes (MODA Sec. 3.2)."
-    found = unit_activations(activation)
+    found = unit_activations(activation, axis=1)
     return found != 0 if least is None else (found.abs() >= least) & (found != 0)
 
 # %% ../../nbs/moda/01_decompose.ipynb #7cc73bcd
@@ -36,7 +36,7 @@ def unit_peaks(
     peaks: dict[str, Tensor] = {}
     for observed in seen:
         for site, activation in observed.items():
-            found = unit_activations(activation).abs().amax(0)
+            found = unit_activations(activation, axis=1).abs().amax(0)
             peaks[site] = torch.maximum(peaks[site], found) if site in peaks else found
     return peaks
 
@@ -58,7 +58,8 @@ def activation_rates(
     sizes = images_per_class(split)
     example = (example_of(split) if example is None else example).to(dtype)
     with evaluating(model), full_precision(split.device):
-        network, counts = observe(model, unit_sites(model, example) if sites is None else sites), {}
+        sites = list(unit_sites(model, example) if sites is None else sites)
+        network, counts = observe(model, sites, example), {}
         look = lambda: ((network(images.to(dtype))[1], labels) for images, labels
                         in batches(split, batch_size, augment=augment, generator=generator))
         peaks = {} if level is None else unit_peaks(observed for observed, _ in look())
@@ -119,4 +120,4 @@ def decompose(
     if example is None: example = example_of(split)
     rates = activation_rates(model, split, sites, example, batch_size, augment, generator, level)
     if level is None: warn_always_active(model, example, rates)
-    return threshold_masks(rates, split.classes, keep_threshold, empty)
+    return threshold_masks(rates, split.classes, keep_threshold, empty).of(model)
