@@ -64,7 +64,8 @@ def digest(
     named = tensors.items() if isinstance(tensors, Mapping) else (("", tensor) for tensor in tensors)
     for name, tensor in named:
         if name: found.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        found.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        plain = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
+        found.update(plain.flatten().view(torch.uint8).numpy())
     return found.hexdigest()[:16]
 
 # %% ../nbs/90_files.ipynb #bddce820

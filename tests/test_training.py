@@ -600,7 +600,7 @@ def test_a_checkpoint_has_a_readable_header_and_no_pickle(few, tmp_path):
     train(make_net(), few, epochs=2, checkpoint=tmp_path / "run.ckpt")
     raw = (tmp_path / "run.ckpt").read_bytes()
     head = json.loads(raw[8:8 + int.from_bytes(raw[:8], "little")])
-    told = json.loads(head["__metadata__"]["header"])
+    told = json.loads(head["__metadata__"]["modnb"])["header"]
     assert told["epoch"] == 2 and told["run"]["lr"] == 0.05 and told["run"]["data.name"] == "few"
     assert {"model.0.weight", "momentum.0.weight", "model.1.running_mean"} <= head.keys()
 
