@@ -377,7 +377,7 @@ def convnext_tiny(
     dropout: float = 0.0, # share of the images that skip the last block; of earlier ones fewer
     depth: int = 9, # blocks of the third stage; the others have a third of them
     patch: int | None = None, # side of the first kernels and their stride, pixels; None: a sixteenth of the image's
-    layer_scale: float = 1e-6, # first factor on what a block adds
+    layer_scale: float = 1.0, # first factor on what a block adds; the published 1e-6 is made for long training
 ) -> nn.Module: # [B, 3, H, W] -> logits [B, C]
     "Build a ConvNeXt of 3, 3, 9 and 3 blocks (ConvNeXt-T)."
     channels = [scaled(96 * 2**stage, width) for stage in range(4)]

@@ -348,6 +348,7 @@ def evaluate_subtasks(
     precision: str | None = None, # of the forward pass; None: bfloat16 on CUDA, else float32
     flops_mode: str | None = "train", # see `count_flops`; None: multiply-adds are not counted
     progress: bool | None = None, # bar on stderr; None: only on a terminal
+    beside: nn.Module | None = None, # what `accuracy` is of, such as the network with its generators; None: the model
 ) -> list[dict[str, Any]]: # one row a sub-task, in the order given
     """Evaluate whole and composed networks on sub-tasks, without building these; raises ValueError (MODA Sec. 5.2).
 
@@ -362,12 +363,13 @@ def evaluate_subtasks(
     by_formula = flops_mode is not None and formula_holds(model, example, flops_mode)
     family = Family(model, masks, example, flops_mode if by_formula else None)
     members = [family.read(columns) for columns in subtasks]
-    whole = predict(model, split, batch_size, precision=precision)
+    whole = predict(model if beside is None else beside, split, batch_size, precision=precision)
     if whole.shape[1] != len(split.classes):
         raise ValueError(f"the model has {whole.shape[1]} outputs, but the masks are for {len(split.classes)} classes")
     run = {"model": digest(model.state_dict()), "masks": digest(masks.masks), "images": fingerprint(split),
            "batch_size": batch_size, "precision": precision,
            "subtasks": [[masks.classes[c] for c in columns] for columns in subtasks]}
+    if beside is not None: run["beside"] = digest(beside.state_dict())
     answers = Answers(path, run, (len(subtasks), -(-len(split) // batch_size)), device, save_every)
     autocast = torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16", cache_enabled=False)
     with evaluating(model), autocast:

@@ -33,9 +33,10 @@ TIMM = {"mobilenetv3_small_050": (64, 3), "efficientnet_lite0": (64, 3), "regnet
 
 
 def unsettle(model: nn.Module) -> nn.Module:
-    "Give normalisations statistics, scales and shifts as after training, so that a mistake in them shows"
+    "Give normalisations statistics, scales and shifts as after training, and no layer zeros, so that a mistake shows"
     generator = torch.Generator().manual_seed(1)
     for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any(): layer.weight.data.normal_(generator=generator)
         if isinstance(layer, nn.BatchNorm2d):
             for tensor, low, high in [(layer.running_mean, -0.5, 0.5), (layer.running_var, 0.5, 2.0),
                                       (layer.weight.data, 0.5, 1.5), (layer.bias.data, -0.5, 0.5)]:
@@ -145,7 +146,7 @@ def test_full_masks_change_nothing(name):
     anatomy, x = anatomy_of(name, "ours")
     keep = random_masks(anatomy, list(KINDS), 2.0, 0)
     whole = anatomy.extract(keep)
-    shapes = {n: p.shape for n, p in anatomy.model.named_parameters()}
+    shapes = {n.replace("in_proj_", "in_proj."): p.shape for n, p in anatomy.model.named_parameters()}
     assert {n: p.shape for n, p in whole.named_parameters()} == shapes
     with torch.no_grad(): assert torch.equal(whole(x), anatomy.model(x))
 

@@ -53,6 +53,8 @@ from modnb.mwt.reuse import (
     fold_masks,
     mean_masks,
     renormalise,
+    tune,
+    tuning_settings,
 )
 from modnb.objectives import CrossEntropy
 from modnb.prediction import evaluate
@@ -617,7 +619,37 @@ def test_the_released_protocol_chooses_by_test_images_and_stops_half_way(trained
     history = fine_tune_selected_on_test(module, part, epochs=4)
     assert len(history) == 4 and history.rows[0]["lr"] == 0.05
     assert history.rows[-1]["lr"] == pytest.approx(0.05 * (1 + math.cos(math.pi * 3 / 8)) / 2)
-    assert evaluate(module, part.test) == pytest.approx(max(history.column("valid_accuracy")))
+    assert evaluate(module, part.test) == pytest.approx(max(history.column("test_accuracy")))
+
+
+def test_one_training_is_judged_by_every_rule(trained):
+    data, _, modular, _ = trained
+    reuser, part = Reuser(modular, modularize(modular, data.train), data.example()), data.subtask([1, 7])
+    settings = tuning_settings(4, 0.05, "to half", batch_size=32)
+    module = reuser([1, 7])
+    history, states = tune(module, part, settings, 4, ["last", "test", "valid"])
+    assert len(history) == 4 and [row["selected"] for row in history.rows] == [False] * 3 + [True]
+    assert all(torch.equal(states["last"][name], value) for name, value in module.state_dict().items())
+    best = {"test": max(history.column("test_accuracy")), "valid": max(history.column("valid_accuracy"))}
+    for rule, accuracy in best.items():
+        module.load_state_dict(states[rule])
+        assert evaluate(module, getattr(part, rule)) == pytest.approx(accuracy)
+    alone = fine_tune(again := reuser([1, 7]), part, 4, 0.05, 32, select="last", falls="to half", precision="float32")
+    assert "test_accuracy" not in alone.last, "looked at by the rule that asks for it alone"
+    assert all(torch.equal(states["last"][name], value) for name, value in again.state_dict().items())
+    with pytest.raises(ValueError, match="no selection 'best'"): tune(module, part, settings, 4, ["best"])
+
+
+def test_recorded_test_accuracy_changes_nothing(trained):
+    data, _, _, _ = trained
+    runs, options = {}, {"epochs": 2, "batch_size": 64, "lr": 0.1, "device": "cpu"}
+    for name, test in (("with", data.test), ("without", None)):
+        model = create_model("vgg12", width=0.125, seed=0)
+        runs[name] = model, fit(model, data, Recording(test=test), **options)
+    (model, told), (other, untold) = runs.values()
+    assert told.last["test_accuracy"] == pytest.approx(evaluate(model, data.test))
+    assert told.column("loss") == untold.column("loss") and "test_accuracy" not in untold.last
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
 def test_bad_subtasks_and_masks(trained):
@@ -639,7 +671,7 @@ def test_bad_subtasks_and_masks(trained):
 def small_transformer(): return create_model("vit_small", width=0.05, image_size=16, depth=2, seed=0)
 
 
-def small_convnext(): return create_model("convnext_tiny", width=0.05, image_size=16, depth=3, dropout=0.4, layer_scale=1.0, seed=0)
+def small_convnext(): return create_model("convnext_tiny", width=0.05, image_size=16, depth=3, dropout=0.4, seed=0)
 
 
 def small_swin():

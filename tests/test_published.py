@@ -365,11 +365,16 @@ def test_interval_of_few_runs():
 
 
 FULL = {"width": 1.0, "image_size": 0, "train_limit": 0, "test_limit": 0, "augment": True, "flip": None, "epochs": 200,
-        "batch_size": 128, "lr": 0.05, "schedule": "cosine", "weight_decay": 0.0, "valid": 0.0}
+        "batch_size": 128, "lr": 0.05, "schedule": "cosine", "weight_decay": 0.0, "valid": 0.0,
+        "precision": "float32"}
 MWT = {"w_cohesion": 0.5, "w_coupling": 1.5, "generators": "released"}
-SEARCH = FULL | {"lr": 0.01, "schedule": "steps", "weight_decay": 1e-4, "valid": 0.2, "population": 100,
-                 "generations": 200}
+SEARCH = FULL | {"lr": 0.01, "schedule": "steps", "weight_decay": 1e-4, "valid": 0.2, "nesterov": False, "keep": "best",
+                 "normalisation": "imagenet", "rules": "released", "population": 100, "parents": 50, "elites": 20,
+                 "generations": 200, "fewest": 50, "most": 500, "mutation_rate": 0.05, "keep_sensitive": "0.6,0.7,0.8",
+                 "keep_insensitive": "0.4,0.5,0.6,0.7", "sensitive_layers": "0,1,2,3,4,5,6", "initial_bias": 0.1,
+                 "grouping": "importance", "start": "sensitivity", "min_confidence": 0.9, "search_images": 0}
 MODA = {"affinity": 1.0, "dispersion": 1.0, "compactness": 0.3, "compactness_form": "mean"}
+COUNTED = {"keep_threshold": 0.9, "empty": "top_share", "augment_counting": True}
 WEAK = {"recipe": "released", "weak_width": 1.0, "weak_epochs": 0, "weak_batch_size": 128, "weak_lr": 0.01,
         "division": "released", "range_by": "minmax", "range_from": "target"}
 
@@ -431,7 +436,7 @@ def test_runs_are_averaged_within_first():
 @pytest.mark.parametrize("change", [
     {"width": 0.5}, {"epochs": 199}, {"train_limit": 1000}, {"test_limit": 500}, {"augment": False}, {"batch_size": 64},
     {"lr": 0.1}, {"schedule": "onecycle"}, {"weight_decay": 5e-4}, {"valid": 0.1}, {"flip": False}, {"image_size": 16},
-    {"w_coupling": 3.0}, {"generators": "paper"}])
+    {"w_coupling": 3.0}, {"generators": "paper"}, {"precision": "bfloat16"}])
 def test_another_recipe_is_never_compared(change):
     rows = frame(runs([0.9086] * 3, config=FULL | MWT | change))
     assert not len(cells(beside(rows, "mwt_table2")))
@@ -472,7 +477,7 @@ def test_smaller_runs_stand_by_their_own_lines():
 
 def test_validation_and_training_accuracy_are_left_out():
     assert not len(cells(beside(frame(runs([0.9], split="valid"), runs([0.9], split="train")), "mwt_table2")))
-    config = FULL | MWT | {"keep_threshold": 0.9, "empty": "relax"}
+    config = FULL | MWT | {"keep_threshold": 0.9, "empty": "relax", "augment_counting": True}
     retention = runs([0.17], metric="masked_retention", split="train", config=config)
     assert cells(beside(frame(retention), "mwt_table2")).metric.tolist() == ["masked_retention"]
     assert not len(cells(beside(frame(runs([0.17], metric="masked_retention", split="train")), "mwt_table2")))
@@ -484,7 +489,7 @@ def test_validation_and_training_accuracy_are_left_out():
     ({"mask_slope": 0.1}, "mask_slope 0.1 instead of 1"), ({"floor": 0.5}, "floor"), ({"max_norm": 1.0}, "max_norm")])
 def test_a_run_with_something_of_ours_is_no_published_one(changed, said):
     as_published = {"warmup": 0.0, "label_smoothing": 0.0, "dropout": None, "head_weights": "published",
-                    "mask_slope": 1.0, "floor": 0.0, "max_norm": None, "average": "pairs", "precision": "bfloat16"}
+                    "mask_slope": 1.0, "floor": 0.0, "max_norm": None, "average": "pairs"}
     shown = [beside(frame(runs([0.9], config=FULL | MWT | as_published | more)), "mwt_table2", smaller=True)
              for more in ({}, changed)]
     assert [set(each[each.n > 0].differs) == {""} for each in shown] == [True, False]
@@ -492,8 +497,8 @@ def test_a_run_with_something_of_ours_is_no_published_one(changed, said):
 
 
 def test_mixed_configurations_are_refused():
-    rows = frame(runs([0.9]), runs([0.91], config=FULL | MWT | {"nesterov": False}, first=1))
-    said = r"mwt_table2, vgg16 cifar10, mwt accuracy: .* mixed .* nesterov not recorded and False"
+    rows = frame(runs([0.9]), runs([0.91], config=FULL | MWT | {"image_size": 32}, first=1))
+    said = r"mwt_table2, vgg16 cifar10, mwt accuracy: .* mixed .* image_size 0 and 32"
     with pytest.raises(ValueError, match=said): beside(rows, "mwt_table2")
     with pytest.raises(ValueError, match="mixed"): side_by_side(rows, draws=10)
     beside(rows[rows.seed == 0], "mwt_table2")
@@ -526,7 +531,7 @@ def test_a_search_with_something_of_ours_is_no_published_one(ours):
 
 
 def test_all_sub_tasks():
-    config = FULL | MODA | {"keep_threshold": 0.9, "subtasks_per_size": 0, "sizes": "2,3,4,5,6,7,8,9,10"}
+    config = FULL | MODA | COUNTED | {"subtasks_per_size": 0, "sizes": "2,3,4,5,6,7,8,9,10"}
     sets = [set_ for size in range(2, 11) for set_ in itertools.combinations("abcdefghij", size)]
     about = describe_run("full", "moda", "vgg16_4096", "cifar10", 0, config)
     rows = [row for classes in sets for row in make_rows(about, {"composed_accuracy": 0.94}, classes)]
@@ -566,17 +571,55 @@ def test_targets():
 def test_networks_for_five_classes_have_their_own_recipe():
     "CNNSplitter patched weak networks for digits with modules of networks that know five of them"
     about = {"system": "cnnsplitter", "model": "simcnn", "dataset": "svhn", "classes": ["0"]}
-    config = SEARCH | WEAK | {"weak": "simple", "flip": True}
-    five = config | {"only_classes": "0,1,2,3,4", "population": 50, "parents": 50, "generations": 100}
+    config = SEARCH | WEAK | {"weak": "simple", "flip": True, "accuracy_goal": 0.95, "mutation_rate": 0.1}
+    five = config | {"only_classes": "0,1,2,3,4", "population": 50, "parents": 50, "generations": 100,
+                     "combination_thresholds": "2:0.95,4:0.9,5:0.85", "sensitive_layers": "0,1,2,3,4",
+                     "keep_sensitive": "0.4,0.5,0.6,0.7", "keep_insensitive": "0.3,0.4"}
     for recorded, n in ((config, 0), (five, 1), (five | {"only_classes": ""}, 0)):
         rows = runs([0.95], "patched_precision", **about, config=recorded)
         assert len(cells(beside(frame(rows), "cnnsplitter_table4"))) == n, recorded
 
 
+TUNED = {"keep_threshold": 0.9, "empty": "relax", "augment_counting": True, "subtasks_per_size": 10, "head": "released",
+         "tune_epochs": 10, "tune_lr": 0.05, "tune_batch_size": 128, "tune_falls": "to half", "tune_select": "test",
+         "tune_precision": "float32"}
+
+
+@pytest.mark.parametrize("change", [
+    {"tune_select": "last"}, {"tune_falls": "to zero"}, {"tune_precision": "bfloat16"}, {"augment_counting": False},
+    {"empty": "top_share"}, {"precision": "bfloat16"}])
+def test_fine_tuning_counts_as_the_program_has_it(change):
+    "MwT's program takes the epoch that is best on test images; any other rule stands apart and says so"
+    pairs = list(itertools.combinations("0123456789", 2))[:10]
+    rows = lambda config: frame(*(runs([0.99], "tuned_accuracy", classes=pair, config=config) for pair in pairs))
+    assert cells(beside(rows(FULL | MWT | TUNED), "mwt_table7")).line.tolist() == ["vgg16 cifar10, 2 classes"]
+    honest = rows(FULL | MWT | TUNED | change)
+    assert not len(cells(beside(honest, "mwt_table7")))
+    shown = cells(beside(honest, "mwt_table7", smaller=True))
+    assert next(iter(change)) in shown.differs.iloc[0]
+    both = pandas.concat([rows(FULL | MWT | TUNED), honest])
+    assert len(cells(beside(both, "mwt_table7"))) == 1, "never averaged"
+
+
+def test_cohesion_is_over_all_images():
+    config = FULL | MWT | TUNED | {"cohesion_images": -1}
+    rows = lambda images: frame(runs([0.97], "cohesion", split="train", config=config | {"cohesion_images": images}))
+    assert [len(cells(beside(rows(images), "mwt_table2"))) for images in (-1, 500)] == [1, 0]
+
+
+@pytest.mark.parametrize("model, dataset, weights", [
+    ("vgg16_4096", "svhn", (1.0, 2.0)), ("resnet18", "svhn", (1.3, 1.5)), ("mobilenet", "svhn", (0.5, 1.5)),
+    ("resnet18", "cifar100", (0.5, 1.5))])
+def test_weights_of_mwt_in_the_other_paper(model, dataset, weights):
+    number = one("moda_table1", system="mwt", model=model, dataset=dataset, metric="accuracy")
+    wanted = recipe(number)
+    assert (wanted["w_cohesion"][0], wanted["w_coupling"][0]) == weights
+
+
 def test_replaced_modules():
     "MODA's second table has weak and strong models with settings of their own"
     config = {"width": 1.0, "strong_epochs": 200, "strong_batch_size": 128, "strong_lr": 0.05,
-              "strong_schedule": "cosine", "dispersion": 1.0, "keep_threshold": 0.9, "flip": None,
+              "strong_schedule": "cosine", "dispersion": 1.0, "precision": "float32", **COUNTED, "flip": None,
               "weak_system": "moda", "weak_model": "lenet5", "weak_image_share": 0.1, "weak_epochs": 200,
               "weak_batch_size": 128, "weak_lr": 0.05, "underfit_epoch": 10, "overfit_epoch": 195,
               "weak": "overfitting", "adaptation_epochs": 20, "inputs": "raw", "fed_with": "module"}

@@ -4,25 +4,29 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'Condition', 'CAVEATS', 'PRINTED', 'HEADING', 'COLUMNS', 'DESCRIBING', 'CORRECTED', 'RECIPES',
-           'TOLERANCE', 'MEASURED', 'bootstrap_interval', 'table_text', 'read_caveats', 'concerns', 'caveats_of',
-           'read_heading', 'line_label', 'subject', 'read_number', 'read_published', 'published_tables', 'settings_for',
-           'loss_weights', 'recipe', 'is_accepted', 'what_differs', 'check_rows', 'prepare_rows', 'all_subtasks_rows',
-           'rows_for', 'missing_subtasks', 'asked', 'groups_for', 'check_tolerances', 'printed_part', 'measured',
-           'refuse_mixture', 'like_for_like', 'belongs_elsewhere', 'lines_for', 'beside', 'side_by_side', 'notes_for',
-           'line_text', 'beside_text']
+           'ASKED', 'TOLERANCE', 'MEASURED', 'CELL', 'bootstrap_interval', 'table_text', 'read_caveats', 'concerns',
+           'caveats_of', 'read_heading', 'line_label', 'subject', 'read_number', 'read_published', 'published_tables',
+           'settings_for', 'loss_weights', 'recipe', 'is_accepted', 'what_differs', 'check_rows', 'prepare_rows',
+           'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'set_apart', 'one_alike', 'groups_for',
+           'check_tolerances', 'printed_part', 'measured', 'like_for_like', 'belong_elsewhere', 'lines_for', 'beside',
+           'side_by_side', 'notes_for', 'line_text', 'beside_text', 'without_scale', 'published_cell', 'coverage']
 
 # %% ../../nbs/lab/06_published.ipynb #da0f1782
 import csv
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from functools import cache, partial
 from importlib.resources import files
+from types import MappingProxyType
 from typing import Any
 
 from ..checks import did_you_mean
-from .results import FIELDS, METRICS, count_classes, facts, number_text
+from .matrix import MEASURES, decided, decides, facts
+from modnb.lab.results import (
+    FIELDS, METRICS, count_classes, counted_once, decided_texts, difference_rows, number_text,
+)
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
 Frame = Any # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
@@ -190,7 +194,7 @@ RECIPES = facts("recipes") # part of a recipe -> conditions and settings; see th
 
 
 def settings_for(
-    number: Mapping[str, Any], # a line of `read_published`, and `about`
+    number: Mapping[str, Any], # a line of `read_published`
     part: str, # "training", "modules" or "replacement"
 ) -> dict[str, tuple[Any, ...]]: # setting -> accepted values
     "Collect the settings of all conditions that a number fits, later ones over earlier ones."
@@ -204,26 +208,35 @@ def settings_for(
 def loss_weights(
     model: str, # in our name
     dataset: str, # in our name
-) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; empty where the paper has none
+) -> dict[str, tuple[float, ...]]: # w_cohesion and w_coupling; the usual ones where the paper has none
     "Look up the weights of MwT's losses (MwT Tab. 1)."
     weights = read_published("mwt_table1")
-    weights = weights[(weights["model"] == model) & (weights["dataset"] == dataset)]
+    weights = weights[(weights["model"] == model.removesuffix("_4096")) & (weights["dataset"] == dataset)]
     settings = {"cohesion_weight": "w_cohesion", "coupling_weight": "w_coupling"}
-    return {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    found = {settings[m]: (v,) for m, v in zip(weights["metric"], weights["value"], strict=True)}
+    return found or {"w_cohesion": (0.5,), "w_coupling": (1.5,)}
 
 # %% ../../nbs/lab/06_published.ipynb #2bea6cd8
+ASKED = ("paper", "table", "system", "model", "dataset", "size", "target", "details", "metric") # what a recipe depends on
+
+
 def recipe(
     number: Mapping[str, Any], # a line of `read_published`
-) -> dict[str, tuple[Any, ...]]: # setting -> accepted values
+) -> dict[str, tuple[Any, ...]]: # setting -> accepted values, for those that decide the number
     "List the settings that a published number was made with (MwT Sec. 4.1, MODA Sec. 4, CNNSplitter Sec. 5.2)."
-    about = next((what for what, metrics in RECIPES["about"].items() if number["metric"] in metrics), "modules")
-    number = dict(number) | {"about": about}
+    return dict(_recipe(*(number[name] for name in ASKED)))
+
+
+@cache
+def _recipe(*asked: Any) -> dict[str, tuple[Any, ...]]: # values of `ASKED`
+    number = dict(zip(ASKED, asked, strict=True))
     details = {name: (float(text),) if re.fullmatch(r"[\d.]+", text) else (text,)
                for name, text in json.loads(number["details"] or "{}").items()}
-    if about == "replacement": return settings_for(number, "replacement") | details
-    own = (number["paper"], number["system"]) == ("mwt", "mwt")
-    weights = loss_weights(number["model"], number["dataset"]) if own else {}
-    return settings_for(number, "training") | weights | settings_for(number, "modules") | details
+    weights = loss_weights(number["model"], number["dataset"]) if number["system"] == "mwt" else {}
+    parts = [settings_for(number, "training"), weights, settings_for(number, "modules")]
+    if number["metric"] in RECIPES["replaced"]: parts = [settings_for(number, "replacement")]
+    found = {name: accepted for part in parts for name, accepted in part.items()}
+    return {name: accepted for name, accepted in found.items() if decides(name, number["metric"])} | details
 
 # %% ../../nbs/lab/06_published.ipynb #62908880
 def is_accepted(
@@ -231,7 +244,7 @@ def is_accepted(
     accepted: Sequence[Any], # from `recipe`
 ) -> bool:
     "Tell whether a setting is as published; `True` is not 1."
-    return any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in accepted)
+    return "any" in accepted or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in accepted)
 
 
 def what_differs(
@@ -242,10 +255,12 @@ def what_differs(
     "Say in which settings a row of ours differs from a published number."
     found = [f"{name} {row[name]} instead of {number[name]}"
              for name in ("model", "dataset") if row[name] != number[name]]
-    for name, accepted in recipe(number).items():
-        value = config.get(name, RECIPES["unrecorded"].get(name, "not recorded"))
+    wanted, ours = recipe(number), decided(number["metric"], config)
+    for name, accepted in wanted.items():
+        value = ours.get(name, "not recorded")
         if is_accepted(value, accepted): continue
         found.append(f"{name} {value} instead of {' or '.join(map(str, accepted))}")
+    found += [f"{name} {ours[name]}, of which the recipe says nothing" for name in ours if name in config and name not in wanted]
     gpu = RECIPES["gpus"].get(number["paper"], "")
     timed = number["unit"] == "seconds"
     return found + [f"{row['hardware']} instead of {gpu}"] * (timed and (not gpu or gpu not in row["hardware"]))
@@ -268,13 +283,16 @@ def check_rows(
 
 def prepare_rows(
     rows: Frame, # from `read_rows`
-) -> dict[tuple[str, str], Frame]: # (system, metric) -> rows, without validation, with `size` and `settings`
+) -> dict[tuple[str, str], Frame]: # (system, metric) -> rows, without validation; with `size`, `settings` and `decided`
     "Make rows ready for `beside`; `ValueError` for missing columns, a wrong unit, or a hash with two meanings."
+    import pandas
+
     check_rows(rows)
     learned = rows["metric"].astype(str).str.contains("accuracy|precision|recall|_f1$") & (rows["split"] != "test")
-    kept = rows[rows["value"].notna() & (rows["split"] != "valid") & ~learned]
+    kept = counted_once(rows[rows["value"].notna() & (rows["split"] != "valid") & ~learned])
+    kept = pandas.concat([kept, difference_rows(kept)], ignore_index=True)
     known = {text: json.loads(text) for text in kept["config"].unique()}
-    kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known))
+    kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known), decided=decided_texts(kept))
     return dict(list(kept.groupby(["system", "metric"])))
 
 # %% ../../nbs/lab/06_published.ipynb #8cba47e0
@@ -290,7 +308,7 @@ def all_subtasks_rows(
     if (single := ready.get((system, metric))) is not None: parts.append(single[single["size"] >= 2])
     whole, counts = ready.get((system, f"subtasks_{metric}")), ready.get((system, "subtasks"))
     if whole is not None and counts is not None:
-        keys = ["study", "run", "config_hash"]
+        keys = ["run", "config_hash"]
         counts = counts.drop_duplicates(keys)[[*keys, "value"]].rename(columns={"value": "counted"})
         parts.append(whole.merge(counts, on=keys))
     return pandas.concat(parts, ignore_index=True) if parts else None
@@ -319,7 +337,7 @@ def missing_subtasks(
     wanted = {"sub-tasks": 14_697 if number["dataset"] == "cifar100" else 1_013}
     wanted = (wanted | dict.fromkeys("23456789", 10)).get(number["size"], 0)
     single = group["counted"].isna() if "counted" in group else group["classes"].notna()
-    fewest = group[single].groupby(["study", "run"])["classes"].nunique().min() if single.any() else wanted
+    fewest = group[single].groupby("seed")["classes"].nunique().min() if single.any() else wanted
     if not single.all(): fewest = int(min(fewest, group["counted"].min()))
     return [f"{fewest:,} sub-tasks instead of {wanted:,}"] if fewest < wanted else []
 
@@ -327,25 +345,48 @@ def missing_subtasks(
 def asked(
     number: Mapping[str, Any], # a line of `read_published`
     group: Frame, # rows of one configuration
-) -> dict[str, Any]: # the line, with the size "all sub-tasks" where the rows are means over them
+) -> dict[str, Any]: # the line, with the metric of the rows and the size "all sub-tasks" where they are means over them
     "Tell for which question rows were measured."
-    mean = str(group.iloc[0]["metric"]).startswith("subtasks_")
-    return dict(number) | ({"size": "all sub-tasks"} if mean else {})
+    metric = str(group.iloc[0]["metric"])
+    return dict(number) | ({"size": "all sub-tasks", "metric": metric} if metric.startswith("subtasks_") else {})
+
+# %% ../../nbs/lab/06_published.ipynb #01b46a09
+def set_apart(
+    group: Frame, # rows of one configuration
+    other: Frame, # rows of another one
+) -> str: # e.g. "precision bfloat16, float32 in the cell"
+    "Say what two groups of rows differ in."
+    own, its = (json.loads(each.iloc[0]["decided"]) | {"hardware": each.iloc[0]["hardware"]} for each in (group, other))
+    return ", ".join(f"{name} {own.get(name, 'not recorded')}, {its.get(name, 'not recorded')} in the cell"
+                     for name in sorted({*own, *its}) if own.get(name) != its.get(name))
+
+
+def one_alike(
+    groups: Sequence[tuple[Frame, str]], # rows of one configuration, and in what they differ
+) -> list[tuple[Frame, str]]: # the same, with an empty text for one at most
+    "Choose among groups that are all like for like: that with most runs."
+    alike = [group for group, text in groups if not text]
+    if len(alike) < 2: return list(groups)
+    chosen = max(alike, key=lambda group: group["seed"].nunique())
+    return [(group, text or ("" if group is chosen else set_apart(group, chosen))) for group, text in groups]
 
 # %% ../../nbs/lab/06_published.ipynb #c1c29f59
 def groups_for(
     number: Mapping[str, Any], # a line of `read_published`
     ready: Mapping[tuple[str, str], Frame], # from `prepare_rows`
-) -> list[tuple[Frame, str]]: # rows of one configuration, and in what they differ; empty text: like for like
+    elsewhere: Mapping[str, Collection[str]] = MappingProxyType({}), # column -> values that rows beside this line must not have
+) -> list[tuple[Frame, str]]: # rows of one configuration, and in what they differ; empty text: like for like, for one at most
     "Group the rows that answer the same question as a published number."
     average = "average" in (number["model"], number["target"])
     found = None if average or number["reading"] == "superseded" else rows_for(number, ready)
-    if found is None: return []
-    keys = ["model", "dataset", "config_hash"] + ["hardware"] * (number["unit"] == "seconds")
+    for column, others in elsewhere.items():
+        if found is not None: found = found[~found[column].isin(others)]
+    if found is None or not len(found): return []
+    keys = ["model", "dataset", "decided"] + ["hardware"] * (number["unit"] == "seconds")
     groups = [group for _, group in found.groupby(keys, sort=False)]
     differ = [what_differs(asked(number, group), group.iloc[0], group.iloc[0]["settings"]) for group in groups]
-    return [(group, ", ".join(texts + missing_subtasks(number, group)))
-            for group, texts in zip(groups, differ, strict=True)]
+    return one_alike([(group, ", ".join(texts + missing_subtasks(number, group)))
+                      for group, texts in zip(groups, differ, strict=True)])
 
 # %% ../../nbs/lab/06_published.ipynb #219019d3
 TOLERANCE = { # unit -> (absolute, relative to the published value)
@@ -381,29 +422,12 @@ def measured(
     draws: int, # of the bootstrap
     seed: int, # of the bootstrap
 ) -> dict[str, float]: # ours, sd, n, min, max, low, high
-    "Average within each run, then describe the spread over runs."
-    values = group.groupby(["study", "run"], sort=False)["value"].mean()
+    "Average within each seed, then describe the spread over seeds."
+    values = group.groupby("seed", sort=False)["value"].mean()
     low, high = bootstrap_interval(values.to_numpy(), level, draws, seed)
     spread = float(values.std()) if len(values) > 1 else math.nan
     return {"ours": float(values.mean()), "sd": spread, "n": len(values),
             "min": float(values.min()), "max": float(values.max()), "low": low, "high": high}
-
-# %% ../../nbs/lab/06_published.ipynb #53b93652
-def refuse_mixture(
-    table: str, # for the message
-    number: Mapping[str, Any], # a line of `read_published`
-    groups: Sequence[Frame], # of one configuration each
-) -> None:
-    "Refuse to average runs of different configurations: `ValueError` naming the settings."
-    if len(groups) < 2: return
-    first, second = (group.iloc[0] for group in groups[:2])
-    a, b = ({name: row["settings"].get(name, "not recorded") for name in first["settings"] | second["settings"]}
-            for row in (first, second))
-    differ = [f"{name} {a[name]} and {b[name]}" for name in sorted(a) if a[name] != b[name]]
-    differ += [f"hardware {first['hardware']!r} and {second['hardware']!r}"] if not differ else []
-    raise ValueError(f"{table}, {number['line']}, {number['system']} {number['metric']}: rows of {len(groups)} "
-                     f"configurations ({first['config_hash']}, {second['config_hash']}) would be mixed in one cell; "
-                     f"they differ in {', '.join(differ)}. Leave one of them out.")
 
 # %% ../../nbs/lab/06_published.ipynb #87f5dbe1
 def like_for_like(
@@ -418,20 +442,15 @@ def like_for_like(
     return ours | {"difference": difference, "inside": abs(difference) <= common["tolerance"] + 1e-12, "differs": ""}
 
 
-def belongs_elsewhere(
+def belong_elsewhere(
     number: Mapping[str, Any], # a line of `read_published`
-    group: Frame, # rows of one configuration
     published: Frame, # the whole table
-) -> bool:
-    "Tell whether rows are about a model or a data set that has other lines in the table."
-    row = group.iloc[0]
-    return any(row[column] != number[column] and row[column] in set(published[column])
-               for column in ("model", "dataset"))
+) -> dict[str, set[str]]: # column -> values
+    "List the models and data sets that have other lines in the table."
+    return {column: {*published[column]} - {number[column]} for column in ("model", "dataset")}
 
 # %% ../../nbs/lab/06_published.ipynb #6bfb630e
 def lines_for(
-    number: Mapping[str, Any], # a line of `published`
-    published: Frame, # from `read_published`
     common: Mapping[str, Any], # from `printed_part`
     groups: Sequence[tuple[Frame, str]], # from `groups_for`
     smaller: bool, # also show rows of other recipes
@@ -440,8 +459,7 @@ def lines_for(
     "Put our numbers beside one published number."
     yield common | like_for_like([group for group, text in groups if not text], common, measure)
     for group, text in groups if smaller else ():
-        if text and not belongs_elsewhere(number, group, published):
-            yield common | measure(group) | {"differs": text}
+        if text: yield common | measure(group) | {"differs": text}
 
 # %% ../../nbs/lab/06_published.ipynb #4a0748cb
 def beside(
@@ -453,16 +471,15 @@ def beside(
     draws: int = 10_000, # of the bootstrap
     seed: int = 0, # of the bootstrap
 ) -> Frame: # line, system, metric, unit, published, its sd, then `MEASURED`, reading, caveat
-    "Put our numbers beside a published table; `ValueError` for an unknown table or mixed configurations."
+    "Put our numbers beside a published table; `ValueError` for an unknown table or rows that contradict each other."
     import pandas
 
     published, allowed = read_published(table), check_tolerances(tolerance)
     ready = rows if isinstance(rows, Mapping) else prepare_rows(rows)
     measure, lines = partial(measured, level=level, draws=draws, seed=seed), []
     for number in published.to_dict("records"):
-        groups = groups_for(number, ready)
-        refuse_mixture(table, number, [group for group, text in groups if not text])
-        lines += lines_for(number, published, printed_part(number, allowed), groups, smaller, measure)
+        groups = groups_for(number, ready, belong_elsewhere(number, published))
+        lines += lines_for(printed_part(number, allowed), groups, smaller, measure)
     columns = ["line", "system", "metric", "unit", "published", "published_sd", *MEASURED, "reading", "caveat"]
     return pandas.DataFrame(lines, columns=columns).astype({"n": int, "inside": "boolean"})
 
@@ -512,3 +529,50 @@ def beside_text(
     lines = [line for line in known.to_dict("records") if line["n"] or not run_only]
     columns = ["system", "metric", "published", "ours", "n", "interval", "difference", "within", "notes"]
     return pandas.DataFrame(map(line_text, lines), columns=columns, index=[line["line"] for line in lines])
+
+# %% ../../nbs/lab/06_published.ipynb #b15c27e1
+CELL = ("table", "line", "system", "metric", "filled", "due", "study", "stage", "reason") # columns of `coverage`
+
+
+def without_scale(
+    differs: str, # from `groups_for`
+) -> str: # what is left; empty: as the recipe has it
+    "Leave out the differences that a rehearsal is bound to have."
+    bound = (" sub-tasks instead of ", *(f" instead of {gpu}" for gpu in RECIPES["gpus"].values()))
+    return ", ".join(part for part in differs.split(", ") if part and not any(text in part for text in bound))
+
+# %% ../../nbs/lab/06_published.ipynb #6cb693f6
+def published_cell(
+    table: str, # one of `TABLES`
+    number: Mapping[str, Any], # a line of `read_published`
+    ready: Mapping[tuple[str, str], Frame], # from `prepare_rows`, about its network and data set
+    rehearsed: bool, # as for `coverage`
+) -> dict[str, Any]: # columns `CELL`
+    "Say whether rows fill a published number."
+    average = "average" in (number["model"], number["target"])
+    groups = [(group, without_scale(text) if rehearsed else text) for group, text in groups_for(number, ready)]
+    fits = [group for group, text in groups if not text]
+    nearest = min((text for _, text in groups), key=lambda text: text.count(", "), default="")
+    reason = "an average of other lines" if average else nearest or f"no row of {number['system']} {number['metric']}"
+    found = fits[0]["metric"].iloc[0] if fits else number["metric"]
+    stages = fits[0]["stage"].unique() if fits and "stage" in fits[0] else MEASURES[found].get("from", ["other rows"])
+    return {"table": table, "line": number["line"], "system": number["system"], "metric": number["metric"],
+            "filled": bool(fits), "due": not average, "reason": "" if fits else reason,
+            "study": ", ".join(dict.fromkeys(name for group in fits for name in group["study"])),
+            "stage": " or ".join(stages)}
+
+
+def coverage(
+    rows: Frame, # from `read_rows`, of any number of studies, perhaps with the column `stage`
+    rehearsed: bool = False, # whether rows are those of a rehearsal, with the settings of the study
+    histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
+) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, stage: who measures it
+    "Say for each published number and figure whether rows of its recipe are there, and where not, why."
+    import pandas
+
+    places = {}
+    for key, frame in prepare_rows(rows).items():
+        for place, part in frame.groupby(["model", "dataset"]): places.setdefault(place, {})[key] = part
+    cells = [published_cell(table, number, places.get((number["model"], number["dataset"]), {}), rehearsed)
+             for table in TABLES for number in read_published(table).to_dict("records") if number["reading"] != "superseded"]
+    return pandas.DataFrame(cells, columns=list(CELL))

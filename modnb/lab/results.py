@@ -4,30 +4,33 @@
 
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
-           'WHOLE', 'COMPOSED', 'facts', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
-           'class_set', 'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows',
-           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'contradictions',
-           'refuse_mixed', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows',
-           'number_text', 'spread_text', 'compare', 'markdown_table', 'compare_systems']
+           'REHEARSING', 'REHEARSED', 'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git',
+           'code_version', 'only_rehearsed', 'describe_run', 'class_set', 'count_classes', 'make_rows', 'check_row',
+           'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'kept_rows', 'stage_layers',
+           'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions', 'refuse_mixed',
+           'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise',
+           'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text', 'compare', 'markdown_table',
+           'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
-from importlib.resources import files
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 import modnb
 from ..checks import did_you_mean
 from ..files import atomic_path
+from .matrix import ABOUT_METRICS, MEASURES, decided, decides
 from .running import canonical, config_hash
 
 # %% ../../nbs/lab/03_results.ipynb #77fbcb7e
@@ -62,15 +65,8 @@ SPLITS = ("train", "valid", "test", "")
 UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "milliseconds", "ratio")
 
 # %% ../../nbs/lab/03_results.ipynb #59ddc6b5
-def facts(
-    name: str, # of a YAML file in `modnb/lab/facts`, without its ending
-) -> dict[str, Any]: # what stands in it
-    "Read what the lab knows about papers and metrics."
-    return yaml.safe_load((files("modnb.lab") / "facts" / f"{name}.yaml").read_text(encoding="utf-8"))
-
-
 MEASURED_METRICS, PUBLISHED_METRICS = (
-    {name: tuple(fact) for name, fact in facts("metrics")[part].items()} for part in ("measured", "published"))
+    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()} for part in ("measured", "published"))
 METRICS = MEASURED_METRICS | PUBLISHED_METRICS # metric -> (unit, meaning)
 
 # %% ../../nbs/lab/03_results.ipynb #fec1aff1
@@ -101,6 +97,7 @@ def git(
     except (OSError, subprocess.SubprocessError): return ""
 
 # %% ../../nbs/lab/03_results.ipynb #f2ab11d3
+@cache
 def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     "Name the version of the code that is running."
     tracked = git("ls-files", "--error-unmatch", "__init__.py")
@@ -109,6 +106,16 @@ def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     return f"{modnb.__version__}+g{commit}{'.dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}"
 
 # %% ../../nbs/lab/03_results.ipynb #d2334438
+REHEARSING = "MODNB_REHEARSAL" # environment variable, set in the processes of a rehearsal
+REHEARSED = "stand-in images on " # what the hardware of its rows begins with
+
+def only_rehearsed(
+    hardware: Any, # the column of a row
+) -> bool:
+    "Tell whether something was made on stand-in images, and this process is of no rehearsal."
+    return str(hardware).startswith(REHEARSED) and REHEARSING not in os.environ
+
+
 def describe_run(
     study: str, # the runs that belong together
     system: str, # e.g. "plain", "moda"
@@ -123,7 +130,8 @@ def describe_run(
     return {
         "run": run or f"{study}/{system}-{model}-{dataset}-{config_hash(config)}-seed{seed}",
         "study": study, "system": system, "model": model, "dataset": dataset, "seed": seed,
-        "hardware": hardware_name(device), "code_version": code_version(), "torch": torch.__version__,
+        "hardware": REHEARSED * (REHEARSING in os.environ) + hardware_name(device),
+        "code_version": code_version(), "torch": torch.__version__,
         "config": canonical(config), "config_hash": config_hash(config),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -172,6 +180,8 @@ def check_row(
 
     for field in FIELDS.keys() - row.keys(): refuse(field, "is missing")
     for field in row.keys() - FIELDS.keys(): refuse(field, f"is unknown; a row has {', '.join(FIELDS)}")
+    if only_rehearsed(row["hardware"]):
+        refuse("hardware", "says that the images were stand-ins: rows of a rehearsal are no results")
     for field, (kind, _) in FIELDS.items():
         value = row[field]
         empty = value is None or value == "" or value != value
@@ -329,16 +339,37 @@ def layer_rows(
     if not found: raise ValueError(f"no network of these rows has the {what} of its layers")
     return pandas.DataFrame(found)
 
+# %% ../../nbs/lab/03_results.ipynb #86d559ad
+def decided_texts(
+    rows: Frame, # from `read_rows`
+) -> Any: # a series: for each row the settings that decide its number, as JSON
+    "Write down what decided each number: equal texts, the same number."
+    import pandas
+
+    known = {text: json.loads(text) for text in rows["config"].unique()}
+    places = list(zip(rows["metric"], rows["config"], strict=True))
+    texts = {(metric, text): canonical(decided(metric, known[text])) for metric, text in dict.fromkeys(places)}
+    return pandas.Series([texts[place] for place in places], index=rows.index, dtype=object)
+
+
+def say_less(
+    texts: Iterable[str], # from `decided_texts`
+) -> dict[str, list[str]]: # text -> those that record the same, and more of what decides the number
+    "Find the settings that are a part of others."
+    known = {text: frozenset((name, json.dumps(value)) for name, value in json.loads(text).items()) for text in texts}
+    found = {text: [other for other in known if own < known[other]] for text, own in known.items()}
+    return {text: more for text, more in found.items() if more}
+
 # %% ../../nbs/lab/03_results.ipynb #7af5f9c4
 def contradictions(
     rows: Frame, # of one cell
 ) -> dict[str, list[Any]]: # setting, or "hardware" for times -> its values; empty if rows may be averaged
-    "List the settings that rows of one cell record with different values."
-    configs = [json.loads(text) for text in rows["config"].unique()]
+    "List the settings that decide these numbers and that the rows of one cell record with different values."
     found = {}
-    for name in sorted({name for config in configs for name in config}):
-        values = {json.dumps(config[name]): config[name] for config in configs if name in config}
-        if len(values) > 1: found[name] = list(values.values())
+    for metric, text in sorted(set(zip(rows["metric"], rows["config"], strict=True))):
+        for name, value in decided(metric, json.loads(text)).items():
+            found.setdefault(name, {}).setdefault(json.dumps(value), value)
+    found = {name: list(found[name].values()) for name in sorted(found) if len(found[name]) > 1}
     timed = rows["unit"].isin(["seconds", "milliseconds"])
     machines = list(rows.loc[timed, "hardware"].unique())
     return found | ({"hardware": machines} if len(machines) > 1 else {})
@@ -351,8 +382,10 @@ def refuse_mixed(
 ) -> None:
     "Refuse to average rows of different settings: `ValueError` naming the cell and the settings."
     if may_differ is None or not {"config", "hardware", "unit"} <= set(rows.columns): return
+    rows = rows.reset_index(drop=True)
+    settings = rows["metric"] + decided_texts(rows)
     for cell, part in rows.groupby(list(by), sort=False):
-        if part["config_hash"].nunique() < 2 and part["hardware"].nunique() < 2: continue
+        if settings[part.index].nunique() < 2 and part["hardware"].nunique() < 2: continue
         found = {name: values for name, values in contradictions(part).items() if name not in may_differ}
         if not found: continue
         where = ", ".join(f"{name} {value}" for name, value in zip(by, cell, strict=True) if value != "")
@@ -360,19 +393,52 @@ def refuse_mixed(
         raise ValueError(f"rows of different settings would be mixed in one cell ({where}): {what}. Leave some of "
                          f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
 
-# %% ../../nbs/lab/03_results.ipynb #86d559ad
+# %% ../../nbs/lab/03_results.ipynb #1479d701
+AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repetitions
+
+
+def refuse_disagreement(
+    rows: Frame, # from `read_rows`, with an index of its own for each
+    first: Any, # a series: for each row the index of the row that it repeats
+) -> None:
+    "Refuse repetitions that found something else: `ValueError` naming both; times are never the same."
+    others = rows.loc[first].set_axis(rows.index)
+    limits = rows["unit"].map(lambda unit: AGREE.get(unit, (0.0, 0.01)))
+    near = (rows["value"] - others["value"]).abs() <= limits.str[0] + limits.str[1] * others["value"].abs()
+    near |= rows["unit"].isin(["seconds", "milliseconds"]) | (rows["config_hash"] == others["config_hash"])
+    for index in rows.index[~near & rows["value"].notna() & others["value"].notna()]:
+        one, two = others.loc[index], rows.loc[index]
+        own, its = json.loads(one["config"]), json.loads(two["config"])
+        apart = [f"{name} {own.get(name, 'none')} and {its.get(name, 'none')}" for name in sorted({*own, *its})
+                 if own.get(name) != its.get(name)]
+        raise ValueError(f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
+                         f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
+
+# %% ../../nbs/lab/03_results.ipynb #37938520
+def say_most(
+    rows: Frame, # with `place`, a number for each measured place, and `decided`
+) -> Frame: # without rows that record less of what decides their number than others of their place
+    "Leave out rows beside which another stage says more."
+    less = []
+    for _, part in rows.groupby("metric", sort=False):
+        for text, more in say_less(part["decided"].unique()).items():
+            own = part[part["decided"] == text]
+            less += list(own.index[own["place"].isin(part.loc[part["decided"].isin(more), "place"])])
+    return rows.drop(index=less)
+
+
 def counted_once(
     rows: Frame, # from `read_rows`
-    tolerance: float = 1e-4, # relative difference that rounding on a GPU may make
     by: Sequence[str] = (), # columns that tell numbers apart, such as that of a threshold
 ) -> Frame: # without repetitions by other stages
-    "Leave out numbers that another stage measured on the same network, with the same result."
-    kinds = [name for name in ("run", "system", "classes", "metric", "split", "unit") if name in rows]
-    kinds = list(dict.fromkeys([*kinds, *by]))
-    same = rows.groupby(kinds, sort=False, dropna=False)
-    first = same["value"].transform("first")
-    near = (rows["value"] - first).abs() <= tolerance * first.abs()
-    return rows[(rows["config_hash"] == same["config_hash"].transform("first")) | ~near]
+    "Leave out numbers that another stage measured on the same network; `ValueError` where it found something else."
+    kinds = dict.fromkeys(["run", "system", "model", "dataset", "seed", "classes", "metric", "split", "unit", *by])
+    kept = rows.reset_index(drop=True)
+    places = kept.groupby([name for name in kinds if name in kept], sort=False, dropna=False).ngroup()
+    kept = say_most(kept.assign(decided=decided_texts(kept), place=places))
+    same = kept.assign(number=kept.index).groupby(["place", "decided"], sort=False)
+    refuse_disagreement(kept, same["number"].transform("first"))
+    return rows.iloc[kept.index[kept["config_hash"] == same["config_hash"].transform("first")]]
 
 # %% ../../nbs/lab/03_results.ipynb #e01cad28
 def with_settings(
@@ -445,6 +511,44 @@ def change_rows(
     names = found["metric"].str.replace("_accuracy", "_change")
     return found.assign(metric=names, value=100 * (found["value"] - found["whole"]),
                         unit="percentage points").drop(columns="whole")
+
+# %% ../../nbs/lab/03_results.ipynb #a1d97e90
+def paired_rows(
+    rows: Frame, # of one metric
+    others: Frame, # of one metric, of the networks beside which they stand
+    metric: str, # whose deciding settings have to be the same
+    apart: Sequence[str] = (), # settings that may differ
+) -> Frame: # rows that have a counterpart, with its value as `other`
+    "Find the same model, images, seed and classes in other rows, made with the same settings as far as both record them."
+    place = ["model", "dataset", "seed", "classes", "split"]
+    pairs = rows.merge(others[[*place, "config", "value"]], on=place, suffixes=("", "_other"))
+    told = {text: decided(metric, json.loads(text)) for text in {*pairs["config"], *pairs["config_other"]}}
+    names = lambda own, its: (told[own].keys() & told[its].keys()) - {*apart}
+    alike = {(own, its): all(told[own][name] == told[its][name] for name in names(own, its))
+             for own, its in set(zip(pairs["config"], pairs["config_other"], strict=True))}
+    fits = [number for number, pair in enumerate(zip(pairs["config"], pairs["config_other"], strict=True)) if alike[pair]]
+    found = pairs.iloc[fits].drop_duplicates(["run", "study", "config", "classes", "split"])
+    return found.drop(columns="config_other").rename(columns={"value_other": "other"})
+
+# %% ../../nbs/lab/03_results.ipynb #992eeec2
+def difference_rows(
+    rows: Frame, # from `read_rows`, of any number of studies
+) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, as far as rows give them
+    "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
+    import pandas
+
+    of = {system: rows[rows["system"] == system] for system in ("plain", "mwt", "moda")}
+    whole, found = of["plain"][of["plain"]["metric"] == "accuracy"], [rows.iloc[:0]]
+    for metric, name in (("tuned_accuracy", "tuned_loss"), ("accuracy", "accuracy_loss")):
+        pairs = paired_rows(of["mwt"][of["mwt"]["metric"] == metric], whole, "accuracy")
+        found.append(pairs.assign(metric=name, value=100 * (pairs["other"] - pairs["value"]), unit="percentage points"))
+    without = of["moda"]["config"].map(lambda text: json.loads(text).get("compactness") == 0).astype(bool)
+    for metric, name in (("module_size", "module_size_saving"), ("overlap", "overlap_saving")):
+        with_it, left_out = (part[part["metric"] == metric] for part in (of["moda"][~without], of["moda"][without]))
+        pairs = paired_rows(with_it, left_out, metric, ["compactness"])
+        found.append(pairs.assign(metric=name, value=1 - pairs["value"] / pairs["other"]))
+    there = [frame.drop(columns="other", errors="ignore") for frame in found if len(frame)]
+    return pandas.concat(there, ignore_index=True) if there else rows.iloc[:0]
 
 # %% ../../nbs/lab/03_results.ipynb #19cc7998
 def number_text(

@@ -63,13 +63,14 @@ def train_weak(
     lr: float = 0.05, # highest learning rate, falling on half a cosine wave
     seed: int = 0, # of the order
     progress: bool | None = None, # bar on stderr; None: only on a terminal
+    precision: str | None = None, # of the forward pass; None: what is fast on the device
 ) -> dict[int, nn.Module]: # the model after each stage, in evaluation mode
     "Train without augmentation and keep the weak stages; raises ValueError, TrainingDiverged (MODA Sec. 5.2)."
     for stage in stages:
         if not 1 <= stage <= epochs: raise ValueError(f"a stage must lie between epoch 1 and {epochs}, not {stage}")
     objective, device = MODA() if objective is None else objective, home_of(model, data.train.device)
     settings = Settings(epochs=epochs, batch_size=batch_size, lr=lr, augment=False, seed=seed, evaluate_every=0,
-                        precision=default_precision(device))
+                        precision=precision or default_precision(device))
     check_inputs(data, objective, settings)
     kept, data = {}, data.to(device)
     with in_training(model, settings) as optimizer:

@@ -8,6 +8,7 @@ __all__ = ['used_kernels', 'observe_use', 'passes', 'mask_statistics', 'mask_rat
 
 # %% ../../nbs/mwt/02_modularize.ipynb #3d0919ef
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Generator, Tensor, nn
@@ -20,6 +21,7 @@ from ..metrics import cohesion, coupling, jaccard, kernel_retention
 from .generators import mask_generators, maskable_sites, observe_masks
 from .losses import MwT
 from ..objectives import CrossEntropy, Objective
+from ..prediction import evaluate
 from ..units import observe
 
 # %% ../../nbs/mwt/02_modularize.ipynb #18e60d96
@@ -151,11 +153,12 @@ class Recording(Objective):
     def __init__(
         self,
         objective: Objective | None = None, # `MwT` or `CrossEntropy`; None: the latter
+        test: Split | None = None, # images whose accuracy after each epoch is recorded, too; None: none
     ):
-        self._objective = CrossEntropy() if objective is None else objective
+        self._objective, self._test = CrossEntropy() if objective is None else objective, test
         if not isinstance(self._objective, MwT | CrossEntropy):
             raise ValueError(f"Recording takes MwT or CrossEntropy, not {type(objective).__name__}")
-        self.start_epoch, self.end_epoch = self._objective.start_epoch, self._objective.end_epoch
+        self.start_epoch = self._objective.start_epoch
 
     def __repr__(self) -> str: return f"Recording({self._objective!r})"
 
@@ -165,8 +168,16 @@ class Recording(Objective):
         example: Tensor, # [B, 3, H, W]
     ) -> nn.Module: # gives (logits, {site: soft mask or map}); shares all parameters with `model`
         "Make the use of kernels visible; ValueError for MwT without mask generators."
-        prepared = self._objective.prepare(model, example)
+        self._model, prepared = model, self._objective.prepare(model, example)
         return prepared if isinstance(self._objective, MwT) else observe_use(model, example)
+
+    def end_epoch(
+        self,
+        row: dict[str, Any], # of the history; gets `test_accuracy` where there are test images
+    ) -> None:
+        "Look at the test images, for the record alone."
+        self._objective.end_epoch(row)
+        if self._test is not None: row["test_accuracy"] = evaluate(self._model, self._test)
 
     def across(
         self,
