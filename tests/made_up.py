@@ -49,6 +49,11 @@ def recorded(notebook: str, settings: dict) -> dict:
     return {name: value for name, value in known.items() if name not in UNUSED | NOT_RECORDED.get(notebook, set())}
 
 
+def own_rule(config: dict, system: str) -> dict:
+    "The rule for empty layers under its name"
+    return {"empty": {"mwt": "relax"}.get(system, "top_share")} if config.get("empty") == "own" else {}
+
+
 def rows_about(run: dict, notebook: str, sets: dict) -> list[dict]:
     "Every metric of a notebook on every class set; `sets` has the class sets of every kind"
     config, rows, empty = json.loads(run["config"]), [], make_rows(run, {"accuracy": 0.0})[0]
@@ -140,6 +145,7 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
     notebook, settings = stage_notebook(stage), cell.stages[stage]
     if notebook == "moda_replacement": return replacement_rows(cell, settings)
     known, given = recorded(notebook, settings), parameters(notebook) | settings
+    known |= own_rule(known, run["system"])
     if notebook == "cnnsplitter_patch":
         return patch_rows(run, recorded("cnnsplitter_search", cell.stages[cell.after[stage][0]]), settings)
     if notebook == "moda_subtasks":
@@ -152,6 +158,7 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
     levels = [{lists[name]: float(word)} for name in lists for word in given[name].split(",")] or [{}]
     if notebook == "moda_residual":
         levels = [{"masks_by": form, "level": 0.9} for form in ("published", "published_chosen", "contribution")]
+    if notebook == "mwt_reuse": levels = [{"tune_select": word.strip()} for word in given["tune_select"].split(",")]
     return [row for level in levels for row in rows_about(describe(run, known | level, system=system), notebook, sets)]
 
 
