@@ -6,7 +6,6 @@ nbdev does a part of it (links to definitions, hidden cells) by its Python funct
 `nbdev_readme` would install Quarto system-wide, so they are not called from here.
 """
 
-import ast
 import hashlib
 import json
 import posixpath
@@ -20,8 +19,9 @@ from tempfile import TemporaryDirectory
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from definitions import cell_markdown  # noqa: E402
 from pages import NBS, ROOT, groups, heading, page_name, pages, quarto_sidebar  # noqa: E402
+
+from modnb.lab.definitions import module_of, origin  # noqa: E402
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -29,6 +29,7 @@ HOME = SETTINGS["DEFAULT"]["doc_host"] + SETTINGS["DEFAULT"]["doc_baseurl"]
 FILES = f"{SETTINGS['DEFAULT']['git_url']}/blob/{SETTINGS['DEFAULT']['branch']}"
 LINK = re.compile(r"\]\((?P<path>[^()\s#]*)(?P<anchor>#[^()\s]*)?\)")
 CALLOUT = re.compile(r"^:::+ *\{ *\.callout-(?P<kind>\w+)(?P<options>[^}]*)\} *\n+(?:#+ +(?P<title>.+)\n+)?", re.M)
+SIGNATURE = re.compile(r"^``` \{\.python \.signature\}\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 DIV = re.compile(r"^:::+ *\{ *[.#].*\} *$", re.MULTILINE)
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif")
 
@@ -36,66 +37,14 @@ PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif")
 # One notebook, prepared by nbdev
 
 
-class ShowExports:
-    "A processor of nbdev: an exported cell becomes the documentation of what it defines"
-
-    def __init__(self, nb): self.module = module_file(nb)
-
-    def __call__(self, cell):
-        if cell.cell_type != "code" or not {"export", "exports"} & set(cell.directives_): return
-        if "hide" in cell.directives_ or cell.directives_.get("include:") == ["false"]: return
-        text = cell_markdown(without_directives(cell.source), lambda name: source_line(self.module, name))
-        if not text: return
-        cell.cell_type, cell.directives_ = "markdown", {}
-        cell.set_source(text)
-        for key in ("outputs", "execution_count"): cell.pop(key, None)
-
-
-def link_names(cell: dict) -> None:
-    "A processor of nbdev: names of definitions become links, except in texts that are links already"
-    from nbdev.doclinks import NbdevLookup
-
-    lookup = NbdevLookup()
-    if cell.cell_type == "markdown": cell.source = outside_links(cell.source, lookup.linkify)
-    for output in cell.get("outputs", []):
-        data = output.get("data", {})
-        if "text/markdown" in data:
-            data["text/markdown"] = outside_links("".join(data["text/markdown"]), lookup.linkify)
-
-
-def outside_links(text: str, change) -> str:
-    "A text in which everything but its links has been changed"
-    link = re.compile(r"\[[^\[\]]*\]\([^()]*\)")
-    changed = change(link.sub("\0", text))
-    for kept in link.findall(text): changed = changed.replace("\0", kept, 1)
-    return changed
-
-
-def module_file(notebook: dict) -> Path | None:
-    "The module that a notebook exports to"
-    for cell in notebook["cells"]:
-        name = cell["cell_type"] == "code" and (getattr(cell, "directives_", None) or {}).get("default_exp")
-        if name: return Path("modnb", *name[0].split(".")).with_suffix(".py")
-    return None
-
-
-def source_line(module: Path | None, name: str) -> str:
-    "Address of a definition in the repository; empty where it is not exported"
-    if module is None or not (ROOT / module).exists(): return ""
-    for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
-        if getattr(node, "name", None) == name: return f"{FILES}/{module.as_posix()}#L{node.lineno}"
-    return ""
-
-
 def process(source: Path) -> dict:
-    "One notebook after nbdev: hidden cells gone, names of definitions linked, exports documented"
+    "One notebook after the hooks that settings.ini gives to nbdev: hidden cells gone, exports documented, names linked"
     import nbformat
     from execnb.nbio import read_nb
-    from nbdev import processors as by
     from nbdev.process import NBProcessor
+    from nbdev.processors import FilterDefaults
 
-    steps = [by.populate_language, by.strip_ansi, by.hide_line, by.filter_stream_, by.rm_header_dash, ShowExports,
-             by.rm_export, by.clean_magics, by.hide_, link_names, by.strip_hidden_metadata]
+    steps = [step for step in FilterDefaults().procs() if step.__name__ not in ("FrontmatterProc", "ForQuarto")]
     processor = NBProcessor(nb=read_nb(source), procs=steps, process=True)
     cells = [{k: v for k, v in cell.items() if not k.endswith("_")} for cell in processor.nb.cells]
     notebook = {"cells": cells, "metadata": {"language_info": {"name": "python"}}, "nbformat": 4, "nbformat_minor": 5}
@@ -122,13 +71,15 @@ def cell_options(source: str) -> dict:
 
 
 def convert_text(text: str) -> str:
-    "Callouts and references in the words of MyST"
+    "Callouts, signatures, tables of parameters and references in the words of MyST"
     def callout(found: re.Match) -> str:
         named = re.search(r'title="([^"]+)"', found["options"])
         title = found["title"] or (named and named[1])
         return f":::{{admonition}} {title}\n:class: {found['kind']}\n\n" if title else f":::{{{found['kind']}}}\n"
 
     text = CALLOUT.sub(callout, text)
+    text = SIGNATURE.sub(r":::{code-block} python\n:class: signature\n\n\1\n:::", text)
+    text = re.sub(r"^::: \{\.parameters\}$", ":::{container} parameters", text, flags=re.MULTILINE)
     text = re.sub(r"(?<![\w`])@(fig-[\w-]+)", r"[](#\1)", text)
     if unknown := DIV.search(text): raise ValueError(f"only callouts are known here: {unknown[0]}")
     return text
@@ -265,12 +216,6 @@ def readme_text() -> str:
     return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
 
 
-def origin(notebook: Path, module: Path | None) -> str:
-    "A line that says which files a page is made from"
-    files = [f"nbs/{notebook.as_posix()}", *([module.as_posix()] if module else [])]
-    return '<p class="origin">' + " · ".join(f'<a href="{FILES}/{file}">{file}</a>' for file in files) + "</p>"
-
-
 def write_page(page: str, notebook: Path, source: Path) -> int:
     "Write one page for Sphinx; the number of its pictures without a text of their own"
     import nbformat
@@ -285,7 +230,7 @@ def write_page(page: str, notebook: Path, source: Path) -> int:
             cell["source"] = mark_numbers(cell["source"])
     if page == "index": converted.cells.append(nbformat.v4.new_markdown_cell(toctrees()))
     else:
-        module = module_file(NBProcessor(nb=read_nb(NBS / notebook), rm_directives=False).nb)
+        module = module_of(NBProcessor(nb=read_nb(NBS / notebook), rm_directives=False).nb)
         first = next(cell for cell in converted.cells if cell["cell_type"] == "markdown")
         first["source"] = re.sub(r"\A(# .+(?:\n\n\*.+\*)?)", rf"\1\n\n{origin(notebook, module)}", first["source"])
     target = source / f"{page}.ipynb"

@@ -1,6 +1,8 @@
 "The site without Quarto: Sphinx, with notebooks as they are stored and formulas as MathML, so that nothing is fetched."
 
+import re
 import sys
+import unicodedata
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -17,9 +19,9 @@ project, copyright, release = settings["title"], settings["copyright"], settings
 extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = settings["title"]
-html_static_path = ["static"]
-html_css_files, html_js_files = ["site.css"], ["offline.js"]
-html_favicon = html_logo = "static/logo.svg"
+html_static_path = ["static", "../nbs/site.css"]
+html_css_files, html_js_files = ["site.css", "furo.css"], ["offline.js"]
+html_favicon = html_logo = "../nbs/images/logo.svg"
 html_copy_source = False
 html_show_sphinx = False
 html_use_index = False
@@ -41,9 +43,26 @@ suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighti
 html_math_renderer = "mathml"
 
 
+def letter(kind: str, one: str) -> str:
+    "A script, bold or double-struck letter as a character of its own: browsers draw no `mathvariant` but `normal`"
+    size = "DIGIT" if one.isdigit() else "CAPITAL" if one.isupper() else "SMALL"
+    for start in ("MATHEMATICAL ", ""): # Unicode has some of them elsewhere
+        try: return unicodedata.lookup(f"{start}{kind.upper()} {size} {unicodedata.name(one).split()[-1]}")
+        except KeyError: continue
+    return one
+
+
+def with_letters(formula: str) -> str:
+    "Every letter that asks for a variant, replaced"
+    def change(found: re.Match) -> str:
+        return f"<{found[1]}>{''.join(letter(found[2], one) for one in found[3])}</{found[1]}>"
+
+    return re.sub(r'<(m[in]) mathvariant="(script|bold|double-struck)">(\w+)</m[in]>', change, formula)
+
+
 def mathml(source: str, display: str = "inline") -> str:
     "A formula as MathML; the converter leaves the backslash of a big brace"
-    return convert(source.strip(), display=display).replace("\\{", "{").replace("\\}", "}")
+    return with_letters(convert(source.strip(), display=display).replace("\\{", "{").replace("\\}", "}"))
 
 
 def visit_math(self, node):

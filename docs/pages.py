@@ -15,7 +15,7 @@ FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "lab": "T
 ORDER = ["Start here", TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
                "moda_residual", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
-               "mwt_report", "report"]
+               "mwt_report", "report", "coverage"]
 
 
 def notebooks() -> list[Path]:

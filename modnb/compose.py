@@ -157,6 +157,8 @@ def load_state(
     path: str | Path, # of the file, for the message
 ) -> None:
     "Fill in weights; raises `UnreadableFile` where names or shapes differ."
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()): # half stays half
+        if name in weights: tensor.data = tensor.data.to(weights[name].dtype)
     try: model.load_state_dict(weights)
     except RuntimeError as error:
         raise UnreadableFile(f"{path} holds weights of another architecture: {error}") from error

@@ -156,11 +156,11 @@ DENOMINATORS = ("masked", "paper", "network")
 def kernel_sites(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
-) -> dict[str, tuple[int, bool]]: # site of each convolution -> kernels, and whether they are 1x1
-    "List the convolutions."
-    layer = lambda site: model.get_submodule(site.split("@")[0])
-    return {site: (kernels, set(layer(site).kernel_size) == {1})
-            for site, kernels in unit_sites(model, example, kind="conv").items()}
+) -> dict[str, tuple[int, bool]]: # site of each such layer -> kernels, and whether they are 1x1
+    "List the convolutions, and the linear layers that work at every position of a sequence or map, as 1x1 ones do."
+    sites = unit_sites(model, example, kind="conv") | unit_sites(model, example, kind="pointwise")
+    size = lambda site: set(getattr(model.get_submodule(site.split("@")[0]), "kernel_size", [1]))
+    return {site: (kernels, size(site) == {1}) for site, kernels in sites.items()}
 
 def kernel_totals(
     model: nn.Module,

@@ -6,7 +6,7 @@
 __all__ = ['HEADS', 'RECIPES', 'VGG16_PLAN', 'VGG12_PLAN', 'scaled', 'chain', 'conv_layer', 'plain_features', 'dense_head',
            'linear_head', 'Residual', 'assemble', 'fill_in_head', 'Recipe', 'register_model', 'vgg16', 'vgg16_4096',
            'vgg12', 'simcnn', 'rescnn', 'basic_block', 'resnet18', 'separable_block', 'mobilenet', 'lenet5',
-           'list_models', 'model_options', 'create_model']
+           'fill_in_patch', 'vit_small', 'convnext_tiny', 'list_models', 'model_options', 'create_model']
 
 # %% ../nbs/01_models.ipynb #e9183128
 import inspect
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .checks import check_number, choose
+from .compat import import_torchvision
 
 # %% ../nbs/01_models.ipynb #723507ea
 def scaled(
@@ -334,6 +335,60 @@ def lenet5(
         **conv_layer(2, first, second, size=5, padding=0, norm=False), "pool2": nn.MaxPool2d(2)})
     sizes = [second * side**2, scaled(120, width), scaled(84, width), num_classes]
     return assemble(features, dense_head(sizes, dropout))
+
+# %% ../nbs/01_models.ipynb #703a771d
+def fill_in_patch(
+    parts: int, # patches along a side where nothing else is said
+    least: int = 1, # pixels of their sides, at least
+) -> Callable[[dict[str, Any]], dict[str, Any]]: # settings of a builder, `patch` perhaps None -> the same, `patch` a number
+    "Decide the side of a patch; ValueError where patches do not fill the image, or there is no layer."
+    def fill_in(settings: dict[str, Any]) -> dict[str, Any]:
+        size, patch = settings["image_size"], settings["patch"]
+        patch = max(least, size // parts) if patch is None else check_number("patch", patch, 1, size, whole=True)
+        if size % patch: raise ValueError(f"patches of {patch} pixels do not fill an image of {size}: choose `patch` or "
+                                          "`image_size` so that they do")
+        return settings | {"patch": patch, "depth": check_number("depth", settings["depth"], 1, whole=True)}
+    return fill_in
+
+# %% ../nbs/01_models.ipynb #c9049596
+@register_model(minimum=8, fill_in=fill_in_patch(8, least=4))
+def vit_small(
+    num_classes: int, # outputs
+    width: float, # factor on the units of all layers, and on the heads
+    image_size: int, # side, pixels
+    *,
+    dropout: float = 0.0, # behind attention and linear layers; the published model has none
+    depth: int = 12, # layers
+    patch: int | None = None, # side of a patch, pixels; None: an eighth of the image's, at least 4
+) -> nn.Module: # [B, 3, H, W] -> logits [B, C]
+    "Build a vision transformer of 12 layers, 384 units and 6 heads (ViT-S)."
+    heads = scaled(6, width)
+    units = heads * scaled(384 // heads, width)
+    transformer = import_torchvision().models.VisionTransformer
+    return transformer(image_size, patch, depth, heads, units, 4 * units, dropout, num_classes=num_classes)
+
+# %% ../nbs/01_models.ipynb #44f83a5e
+@register_model(minimum=16, fill_in=fill_in_patch(16))
+def convnext_tiny(
+    num_classes: int, # outputs
+    width: float, # factor on the channels
+    image_size: int, # side, pixels
+    *,
+    dropout: float = 0.0, # share of the images that skip the last block; of earlier ones fewer
+    depth: int = 9, # blocks of the third stage; the others have a third of them
+    patch: int | None = None, # side of the first kernels and their stride, pixels; None: a sixteenth of the image's
+    layer_scale: float = 1.0, # first factor on what a block adds; the published 1e-6 is made for long training
+) -> nn.Module: # [B, 3, H, W] -> logits [B, C]
+    "Build a ConvNeXt of 3, 3, 9 and 3 blocks (ConvNeXt-T)."
+    channels = [scaled(96 * 2**stage, width) for stage in range(4)]
+    blocks, convnext = [max(1, depth // 3), max(1, depth // 3), depth, max(1, depth // 3)], import_torchvision().models.convnext
+    stages = map(convnext.CNBlockConfig, channels, [*channels[1:], None], blocks)
+    model = convnext.ConvNeXt(list(stages), dropout, layer_scale, num_classes)
+    stem = nn.Conv2d(3, channels[0], patch, stride=patch)
+    nn.init.trunc_normal_(stem.weight, std=0.02)
+    nn.init.zeros_(stem.bias)
+    model.features[0][0] = stem
+    return model
 
 # %% ../nbs/01_models.ipynb #7cc1d0f7
 def list_models() -> list[str]: # names for `create_model`

@@ -90,7 +90,8 @@ def check_fit_together(
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     "The knobs that decide the trained weights; raises `ValueError` naming a bad one (MwT Sec. 4.1)."
-    unsaid: ClassVar[dict[str, Any]] = {"fast": True, "compile": False} # came later; see `Objective.unsaid`
+    # came later; see `Objective.unsaid`
+    unsaid: ClassVar[dict[str, Any]] = {"fast": True, "compile": False, "keep_best": False}
     epochs: int = 200 # passes over the training images
     batch_size: int = 128 # images of an optimiser step
     lr: float = 0.05 # highest learning rate
@@ -108,6 +109,7 @@ class Settings:
     max_norm: float | None = None # limit of the gradient's length; None: no limit
     fast: bool = True # what shortens a step may be used; False: the plain loop
     compile: bool = False # forward pass and losses go through `torch.compile`
+    keep_best: bool = False # end with the weights of the epoch that was best on validation images
 
     def __post_init__(self):
         check_settings(self)

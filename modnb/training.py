@@ -6,7 +6,7 @@
 __all__ = ['Forward', 'forward_pass', 'Loop', 'train_step', 'count_steps', 'arrange', 'train_epoch', 'size_of', 'share_of',
            'mean_of', 'average_gradients', 'prepare_network', 'make_optimizer', 'arithmetic', 'Compiled',
            'make_forward', 'in_training', 'steps_of', 'run_epoch', 'progress_bar', 'show_row', 'find_not_finite',
-           'TrainingDiverged', 'run_epochs', 'check_inputs', 'check_group', 'fit']
+           'TrainingDiverged', 'run_epochs', 'check_inputs', 'check_group', 'is_best', 'fit']
 
 # %% ../nbs/08_training.ipynb #e58bc2c5
 import math
@@ -25,7 +25,7 @@ from torch.distributed import ProcessGroup
 from tqdm import tqdm
 
 from .checks import check_number
-from .checkpoints import History, find_checkpoint, restore, run_identity, write_checkpoint
+from .checkpoints import History, find_checkpoint, restore, run_identity, weights_of, write_checkpoint
 from .data import ImageData, Split, batches, pick_device
 from .devices import evaluating
 from .objectives import CrossEntropy, Objective, check_output, check_terms
@@ -216,8 +216,9 @@ class Compiled:
         batch_size: int, # images of a usual batch; another one takes the plain way
         mode: str, # of `torch.compile`
     ):
-        self.plain, self.batch_size = plain, batch_size
-        self.compiled = torch.compile(plain, dynamic=False, mode=mode)
+        self.plain, self.batch_size, self.compiled = plain, batch_size, plain
+        try: self.compiled = torch.compile(plain, dynamic=False, mode=mode)
+        except Exception as error: self.give_up(error) # some versions of Python and PyTorch refuse at once
 
     def give_up(
         self,
@@ -391,6 +392,9 @@ def check_inputs(
     if not hasattr(data, "train"):
         raise ValueError(f"data must be ImageData, as load_dataset returns it, not {type(data).__name__}")
     if not len(data.train): raise ValueError(f"data: the training split of {data.name!r} is empty")
+    if settings.keep_best and not (len(data.valid) and settings.evaluate_every):
+        raise ValueError("keep_best=True chooses an epoch by validation images: load_dataset(valid=...) holds some "
+                         "out, and evaluate_every has to be above 0")
     if not count_steps(len(data.train), settings.batch_size, settings.drop_last):
         raise ValueError(f"batch_size {settings.batch_size} leaves no batch of the {len(data.train)} training images "
                          f"(drop_last={settings.drop_last}; a single image is no batch)")
@@ -406,6 +410,14 @@ def check_group(
     if settings.batch_size % size or settings.batch_size == size:
         raise ValueError(f"batch_size {settings.batch_size} must be a multiple of the {size} processes, and 2 images "
                          "or more for each: it is the size of the batch of all together")
+
+# %% ../nbs/08_training.ipynb #ba118057
+def is_best(
+    rows: list[dict[str, Any]], # of the history
+) -> bool: # False where the newest epoch was not looked at
+    "Tell whether the newest epoch is better on validation images than all before it (CNNSplitter's program)."
+    seen = [row["valid_accuracy"] for row in rows if "valid_accuracy" in row]
+    return "valid_accuracy" in rows[-1] and all(rows[-1]["valid_accuracy"] > other for other in seen[:-1])
 
 # %% ../nbs/08_training.ipynb #3b721dc5
 def fit(
@@ -435,6 +447,7 @@ def fit(
     progress: bool | None = None, # bar on stderr; None: only on a terminal
     max_norm: float | None = None, # limit of the gradient's length; None: no limit
     process_group: ProcessGroup | None = None, # processes that share each batch and all call; None: this one alone
+    keep_best: bool = False, # end with the weights of the epoch that was best on validation images, not of the last one
 ) -> History: # one row an epoch
     "Train a model, or go on where its checkpoint ends; raises `ValueError` and `TrainingDiverged` (MwT Sec. 4.1)."
     asked = locals()
@@ -446,18 +459,21 @@ def fit(
     run = run_identity(settings, model, data, objective)
     saved = find_checkpoint(checkpoint, run)
     history = History(saved.rows if saved else [])
-    kept, writes = len(history), checkpoint is not None and (process_group is None or not dist.get_rank(process_group))
+    kept, best = len(history), saved.best if saved else {}
+    writes = checkpoint is not None and (process_group is None or not dist.get_rank(process_group))
     with in_training(model, settings, device) as optimizer:
         if saved: restore(checkpoint, saved, model, optimizer)
         rows = run_epochs(model, data.to(device), objective, optimizer, settings, history, progress, process_group)
         try:
             with closing(rows):
                 for done, _ in enumerate(rows, kept + 1):
+                    if keep_best and is_best(history.rows): best = weights_of(model)
                     if not writes or done % checkpoint_every and done < epochs: continue
-                    write_checkpoint(checkpoint, run, history, model, optimizer)
+                    write_checkpoint(checkpoint, run, history, model, optimizer, best)
                     kept = done
         except TrainingDiverged as error:
             raise TrainingDiverged(error.epoch, error.term, history, checkpoint, kept) from None
+        if best: model.load_state_dict(best)
     return history
 
 # %% ../nbs/08_training.ipynb #2869f98e

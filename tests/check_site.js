@@ -38,5 +38,21 @@
     const named = drawing.querySelector(":scope > title, :scope > desc") || drawing.closest("[aria-label], [aria-hidden], [aria-labelledby]");
     if (!named && !drawing.closest("button, a, label")) found.push(`drawing without a name: ${name(drawing)}`);
   }
+  for (const code of main.querySelectorAll("pre")) { // what does not fit has to wrap or to scroll
+    const scrolls = ["auto", "scroll"].includes(getComputedStyle(code).overflowX)
+      || code.parentElement && ["auto", "scroll"].includes(getComputedStyle(code.parentElement).overflowX);
+    if (code.checkVisibility() && code.scrollWidth > code.clientWidth + 1 && !scrolls)
+      found.push(`code is cut off: ${shown(code.textContent)}`);
+  }
+  const letters = main.querySelector("math mi[mathvariant=script], math mi[mathvariant=bold]"); // MathML Core draws these as plain ones
+  if (letters) found.push(`a script or bold letter that looks like a plain one: ${shown(letters.closest("math").textContent)}`);
+  for (const signature of main.querySelectorAll(".signature")) {
+    const text = signature.textContent.trim();
+    if (/\]\(|<a |__main__|\*args, \*\*kwargs\)$/.test(text)) found.push(`not a signature: ${shown(text)}`);
+  }
+  for (const folded of main.querySelectorAll("details.code")) { // methods with a docstring have a heading each
+    const made = folded.textContent, known = new Set([...main.querySelectorAll("h3, h4, h5")].map(e => e.textContent.trim().replace(/[#¶]$/, "").trim()));
+    for (const [, name] of made.matchAll(/^class ([A-Za-z]\w*)/gm)) if (!known.has(name)) found.push(`class without a heading: ${name}`);
+  }
   return found;
 })()

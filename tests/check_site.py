@@ -4,19 +4,24 @@
     python tests/check_site.py FOLDER extract.html masks    # only these pages
     python tests/check_site.py --pictures OUT --dark        # and a picture of every page in both widths
 
-Looked for, at the width of a desk and of a phone: errors on the console, pages that scroll sideways, formulas that
-stayed source text, pictures that are missing or have no alternative text. Links and their anchors are followed in the
-files. The exit code is 1 where something was found, 3 where no browser or no site is there.
+The site is served from a port of this machine, as readers get it, whichever build made it. Looked for, at the width of a
+desk and of a phone: errors on the console, pages that scroll sideways, code that is cut off, formulas that stayed source
+text or whose kinds of letters look alike, pictures that are missing or have no alternative text, definitions without
+their methods or parameters. Links and their anchors are followed in the files, and the search has to find functions.
+The exit code is 1 where something was found, 3 where no browser or no site is there.
 """
 
 import argparse
 import base64
 import contextlib
+import functools
+import http.server
 import json
 import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
@@ -29,6 +34,7 @@ FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-
          "--disable-background-networking", "--disable-component-update", "--disable-sync", "--mute-audio",
          "--remote-debugging-port=0", "--remote-allow-origins=*"]
 
+HERE = "http://127.0.0.1:" # where the site is served
 LOOK = Path(__file__).with_suffix(".js").read_text(encoding="utf-8")
 
 
@@ -152,7 +158,7 @@ class Browser:
                 case "Log.entryAdded", {"entry": {"level": "error", "text": text, **rest}}:
                     found.append(f"{text} {rest.get('url', '')}".strip())
                 case "Network.requestWillBeSent", {"request": {"url": url}} if url.startswith("http"):
-                    found.append(f"fetched from a network: {url}")
+                    if not url.startswith(HERE): found.append(f"fetched from a network: {url}")
         return [f"console: {text[:300]}" for text in dict.fromkeys(found)]
 
     def picture(self, path: Path, full: bool = True) -> None:
@@ -173,26 +179,55 @@ def find_browser() -> str | None:
     return next((found for name in BROWSERS if (found := shutil.which(name))), None)
 
 
-def page_problems(browser: Browser, path: Path, pictures: Path | None = None) -> list[str]:
-    "What is wrong with one page at each width"
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    "Serves files and says nothing"
+
+    def log_message(self, *arguments): pass
+
+
+@contextlib.contextmanager
+def served(site: Path):
+    "The address of a folder for as long as one needs it"
+    handler = functools.partial(Quiet, directory=str(site))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"{HERE}{server.server_address[1]}"
+        server.shutdown()
+
+
+def page_problems(browser: Browser, address: str, picture: Path | None = None) -> list[str]:
+    "What is wrong with one page at each width; pictures of it get the width behind their name"
     problems: dict[str, list[str]] = {}
     for i, (screen, pixels) in enumerate(WIDTHS.items()):
         browser.width(pixels)
-        browser.open(path.resolve().as_uri()) if i == 0 else browser.settle()
+        browser.open(address) if i == 0 else browser.settle()
         for problem in browser.evaluate(LOOK): problems.setdefault(problem, []).append(screen)
-        if pictures: browser.picture(pictures / f"{path.stem}_{screen}.png")
+        if picture: browser.picture(picture.with_name(f"{picture.name}_{screen}.png"))
     return browser.complaints() + [f"{p} ({', '.join(screens)})" for p, screens in problems.items()]
 
 
-def search_problems(browser: Browser, site: Path, word: str = "cohesion") -> list[str]:
-    "Whether the page of Sphinx finds a word without a server"
-    page = site / "search.html"
-    if not page.exists(): return []
-    browser.open(f"{page.resolve().as_uri()}?q={word}")
+SEARCHED = ["compose", "decompose", "fit"] # functions that readers look for
+
+
+def found_by_search(browser: Browser, site: Path, address: str, word: str) -> list[str]:
+    "Headings and pages that the site's own search shows first for a word"
+    if (site / "search.json").exists(): # Quarto: sections with their titles, searched in the page
+        browser.open(f"{address}/index.html?q={word}&show-results=1")
+        shown = "[...document.querySelectorAll('.aa-Item')].map(e => e.textContent)"
+    else: # Sphinx
+        browser.open(f"{address}/search.html?q={word}")
+        shown = "[...document.querySelectorAll('#search-results li, .search li')].map(e => e.textContent)"
     for _ in range(50):
-        if browser.evaluate("document.querySelectorAll('#search-results li').length"): return browser.complaints()
+        if results := browser.evaluate(shown): return results
         time.sleep(0.1)
-    return [*browser.complaints(), f"the search does not find {word!r}"]
+    return []
+
+
+def search_problems(browser: Browser, site: Path, address: str) -> list[str]:
+    "Whether the search finds functions by their names"
+    if not any((site / name).exists() for name in ("search.json", "searchindex.js")): return []
+    return [f"the search does not find {word!r}" for word in SEARCHED
+            if not any(word in text for text in found_by_search(browser, site, address, word))] + browser.complaints()
 
 
 def check(site: Path, program: str, only: list[str] = (), pictures: Path | None = None, dark: bool = False) -> dict:
@@ -206,11 +241,12 @@ def check(site: Path, program: str, only: list[str] = (), pictures: Path | None 
     try:
         if dark: browser.call("Emulation.setEmulatedMedia",
                               features=[{"name": "prefers-color-scheme", "value": "dark"}])
-        for path in paths:
-            name = path.relative_to(site).as_posix()
-            problems = page_problems(browser, path, pictures and pictures / path.relative_to(site).parent)
-            if problems: found[name] = found.get(name, []) + problems
-        if not only and (problems := search_problems(browser, site)): found["search.html?q="] = problems
+        with served(site) as address:
+            for path in paths:
+                name = path.relative_to(site).as_posix()
+                problems = page_problems(browser, f"{address}/{name}", pictures and (pictures / name).with_suffix(""))
+                if problems: found[name] = found.get(name, []) + problems
+            if not only and (problems := search_problems(browser, site, address)): found["search"] = problems
     finally:
         browser.close()
     return found

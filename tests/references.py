@@ -3,7 +3,7 @@
 import itertools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -67,3 +67,38 @@ def set_jaccard(first: Tensor, second: Tensor) -> float:
     "Jaccard index of two boolean vectors by Python sets; two empty sets are alike."
     a, b = (set(mask.nonzero().flatten().tolist()) for mask in (first, second))
     return len(a & b) / len(a | b) if a | b else 1.0
+
+
+class Tokens(nn.Module):
+    "A sequence [B, 16, units]: patches, a token for the class, two linear layers with a sum around them"
+    sites = {"relu1": 9, "relu2": 7} # activations and their units
+
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.patches, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.LayerNorm(6)
+        self.token = nn.Parameter(torch.randn(1, 1, 6))
+        self.up, self.relu1, self.down = nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)
+        self.wide, self.relu2, self.head = nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, classes)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.token.expand(x.shape[0], -1, -1), x], 1)
+        x = x + self.down(self.relu1(self.up(self.norm(x)) - 0.8))
+        return self.head((self.relu2(self.wide(x) - 1.5))[:, 0])
+
+
+class LastChannels(nn.Module):
+    "A map [B, 4, 4, units] between two convolutions, as in a ConvNeXt"
+    sites = {"relu1": 9, "relu2": 7}
+
+    def __init__(self, classes: int = 4):
+        super().__init__()
+        self.stem, self.depthwise, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.LayerNorm(6)
+        self.up, self.relu1, self.down = nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)
+        self.wide, self.relu2, self.head = nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, classes)
+
+    def forward(self, x):
+        x = self.stem(x)
+        y = self.down(self.relu1(self.up(self.norm(self.depthwise(x).permute(0, 2, 3, 1))) - 0.8))
+        x = x.permute(0, 2, 3, 1) + y
+        return self.head(self.relu2(self.wide(x) - 1.5).mean((1, 2)))

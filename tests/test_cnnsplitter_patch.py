@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from modnb.cnnsplitter.weak import (
     SVHN_STRONG,
     SVHN_WEAK,
     best_and_half,
+    form_of_simple,
     nine_classes,
     svhn_weak,
     train_keeping,
@@ -475,6 +477,8 @@ def test_svhn():
     weak = svhn_weak("4", data=data)
     assert weak.classes == [*SVHN_WEAK, "4"] and counts(weak.train) == [8] * 5 and counts(weak.valid) == [2] * 5
     for target in SVHN_STRONG: assert svhn_weak(int(target), data=data).classes[-1] == target
+    mirrored = data.map(lambda split: replace(split, flip=True)) # as it is loaded for a strong network
+    assert not svhn_weak("4", data=mirrored).train.flip
     for target in (5, 6, "9", "x"):
         with pytest.raises(ValueError, match="target in SVHN-S"): svhn_weak(target, data=data)
 
@@ -589,6 +593,16 @@ def test_bad_training():
                                  ("simple_rescnn", {"convolutions": 2}, "3 or 4"),
                                  ("simple_rescnn", {"kernel_size": 4}, "odd")]:
         with pytest.raises(ValueError, match=match): create_model(name, **options)
+
+
+@pytest.mark.parametrize("model, dataset, form, kernels", [
+    ("simcnn", "svhn", "released", [(8, 5)] * 2), ("rescnn", "svhn", "released", [(8, 5)] * 3),
+    ("simcnn", "cifar", "released", [(64, 3)] * 4), ("rescnn", "cifar", "released", [(64, 3)] * 4),
+    ("simcnn", "cifar", "paper", [(64, 3)] * 2), ("simcnn", "svhn", "paper", [(64, 3)] * 2)])
+def test_simple_networks_have_the_form_of_their_data(model, dataset, form, kernels):
+    network = create_model(f"simple_{model}", 5, **form_of_simple(model, dataset, form))
+    layers = [part for part in network.modules() if isinstance(part, nn.Conv2d)]
+    assert [(layer.out_channels, layer.kernel_size[0]) for layer in layers] == kernels
 
 
 # The experiment

@@ -1,6 +1,9 @@
 """CNNSplitter's tournament and genetic search against literal forms, and after a kill."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
+from fractions import Fraction
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,11 +23,19 @@ from modnb.cnnsplitter.search import (
     draw_groups,
     evaluate_population,
     initial_population,
+    mutate,
+    mutated_genes,
+    numbered_layers,
+    published_rules,
     redraw,
     search,
 )
+from modnb.cnnsplitter.sensitivity import PUBLISHED
 from modnb.cnnsplitter.tournament import jaccard_distances, threshold_for, tournament
 from modnb.data import load_dataset
+from modnb.files import load_tensors, save_tensors
+from modnb.lab.results import read_rows
+from modnb.lab.running import NotebookFailed, run_notebook
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 from modnb.prediction import evaluate
@@ -199,6 +210,37 @@ def test_rate_of_mutation(mutation, rate, expected):
     if mutation == "redraw": assert after.sum(2).max() <= 10
 
 
+@given(st.integers(1, 2000), st.sampled_from([0.01, 0.03, 0.05, 0.1, 0.25, 0.5, 1.0]))
+def test_genes_that_mutate(genes, rate):
+    "A share of the genes, rounded, a half dropped: exact in fractions"
+    share = Fraction(str(rate)) * genes
+    whole = share.numerator // share.denominator
+    assert mutated_genes(rate, genes) == max(1, whole + (share - whole > Fraction(1, 2)))
+
+
+def test_genes_that_mutate_in_the_published_searches():
+    "As its program counts them, which cuts off"
+    genes = {"simcnn": 940, "rescnn": 630}
+    for network, own in PUBLISHED.items():
+        rate, all_of_them = Fraction(str(own["mutation_rate"])), genes[network.split("-")[0]]
+        assert mutated_genes(published_rules(network).mutation_rate, all_of_them) == int(rate * all_of_them), network
+    bits = torch.zeros(1, 50, 630, dtype=torch.bool)
+    assert mutate(bits, published_rules("rescnn-cifar10"), torch.Generator().manual_seed(0)).sum(2).max() <= 31
+
+
+def test_published_searches_have_the_programs_thresholds_and_goals():
+    "Which accuracies a combination has to reach, and below which one it counts for more"
+    goals = {name: published_rules(name).accuracy_goal for name in PUBLISHED}
+    assert [name for name in goals if goals[name] == 0.95] == ["simcnn-svhn", "simcnn-svhn5"]
+    assert {goal for name, goal in goals.items() if not name.startswith("simcnn-svhn")} == {0.9}
+    reached = {name: [threshold_for(classes, published_rules(name).thresholds) for classes in (2, 4, 5, 8, 10)]
+               for name in PUBLISHED}
+    assert reached["simcnn-cifar10"] == reached["simcnn-svhn"] == reached["rescnn-cifar10"]
+    assert reached["rescnn-svhn"] == [0.95, 0.95, 0.90, 0.90, 0.85]
+    assert reached["simcnn-svhn5"][:3] == reached["rescnn-svhn5"][:3] == [0.95, 0.90, 0.85]
+    assert [published_rules(name).individuals for name in PUBLISHED] == [100] * 4 + [50] * 2
+
+
 @given(st.integers(0, 10**6), st.integers(1, 40), st.sets(st.sampled_from([0.1, 0.29, 0.5, 0.7, 1.0]), min_size=1))
 def test_shares_of_the_first_generation(seed, genes, shares):
     drawn = draw_groups(genes, [*shares], 0.1, (2, 15), torch.Generator().manual_seed(seed))
@@ -334,6 +376,14 @@ def test_first_generation_of_the_two_presets(trained):
     with pytest.raises(ValueError, match="segment"): draw(PAPER, sensitive=["nowhere"])
 
 
+def test_layers_by_their_numbers(trained):
+    _, _, grouping = trained
+    names = [segment.sites[0] for segment in grouping.segments]
+    assert numbered_layers([2, 0], grouping) == [names[2], names[0]] and numbered_layers([], grouping) == []
+    for wrong in (-1, len(names)):
+        with pytest.raises(ValueError, match=f"there is no {wrong}"): numbered_layers([wrong], grouping)
+
+
 def test_bad_input(trained, tmp_path):
     model, data, grouping = trained
     run = lambda rules=SMALL, split=data.valid, groups=grouping, **options: search(
@@ -373,3 +423,89 @@ def test_checkpoint_of_another_search_is_refused(trained, tmp_path):
     assert path.read_bytes() == content
     path.write_bytes(content[:100])
     with pytest.raises(ValueError, match="damaged"): again()
+
+
+def test_checkpoint_from_before_there_were_relative_goals(trained, tmp_path):
+    "A file that does not say what the precision was and what goals were means what it meant then"
+    model, data, grouping = trained
+    path, run = tmp_path / "search.safetensors", lambda *rules, **options: search(
+        model, data.valid, grouping, *(rules or (SMALL,)), generations=2, checkpoint=path, **options)
+    search(model, data.valid, grouping, SMALL, generations=1, checkpoint=path)
+    tensors, header = load_tensors(path, "search")
+    for name in ("precision", "relative_goals"): del header["about"][name]
+    save_tensors(path, tensors, "search", {name: header[name] for name in ("about", "history", "generation")})
+    content = path.read_bytes()
+    with pytest.raises(ValueError, match="relative_goals was False"): run(replace(SMALL, relative_goals=True))
+    with pytest.raises(ValueError, match="precision was 'float32'"): run(precision="bfloat16")
+    assert path.read_bytes() == content
+    assert rows(run()) == rows(search(model, data.valid, grouping, SMALL, generations=2)), "it goes on"
+
+
+# The experiment
+
+NOTEBOOKS = Path(__file__).parents[1] / "nbs/experiments"
+FEW = {"search_images": 60, "importance_images": 300, "generations": 1, "sizes": "2", "subtasks_per_size": 1,
+       "count_operations": False, "sensitivity_shares": "0.1,1"}
+
+
+@pytest.fixture(scope="module")
+def network(tmp_path_factory):
+    "A small network, trained by the notebook with the epoch that is best on the images held out"
+    folder = tmp_path_factory.mktemp("network")
+    small = {"epochs": 3, "train_limit": 400, "test_limit": 100, "valid": 0.2, "out": str(folder)}
+    run_notebook(NOTEBOOKS / "train.ipynb", folder / "train.ipynb",
+                 small | {"keep": "best", "normalisation": "imagenet"})
+    return folder
+
+
+def searched(network, folder, **settings) -> tuple[dict, dict, dict]:
+    "Rules that the search was made with, settings of its rows, and its numbers for all classes"
+    run_notebook(NOTEBOOKS / "cnnsplitter_search.ipynb", folder / "search.ipynb",
+                 FEW | settings | {"run": str(network), "out": str(folder)})
+    (checkpoint,) = folder.glob("search-*.safetensors")
+    about, found = load_tensors(checkpoint, "search")[1]["about"], read_rows(folder / "rows.csv")
+    values = found[(found.classes == "all") & (found.split != "valid")].set_index("metric").value.to_dict()
+    return about, json.loads(found.config[0]), values
+
+
+def plain(rules): return json.loads(json.dumps(asdict(rules)))
+
+
+def test_the_paper_is_the_paper(network, tmp_path):
+    "Nothing that the set of rules says is overwritten by a default; what is given is taken"
+    few = {"population": 6, "parents": 4, "fewest": 20, "most": 20}
+    about, config, _ = searched(network, tmp_path, rules="paper", **few)
+    wanted = plain(replace(PAPER, individuals=6, parents=4, fewest=20, most=20))
+    assert wanted.items() <= about.items()
+    assert {"rules": "paper", "elites": 0, "mutation_rate": 0.1, "accuracy_goal": 0.0, "initial_bias": 0.0,
+            "keep_sensitive": "0.5,0.6,0.7,0.8,0.9"}.items() <= config.items()
+    assert "sensitive_layers" not in config, "those that the rule finds"
+
+
+def test_a_configuration_has_the_programs_choices(network, tmp_path):
+    few = {"population": 6, "parents": 4, "elites": 2}
+    about, config, values = searched(network, tmp_path, rules="released", configuration="rescnn-svhn5", **few)
+    wanted = plain(replace(published_rules("rescnn-svhn5"), individuals=6, parents=4, elites=2))
+    assert wanted.items() <= about.items() and about["sensitive"] == ["features.conv4", "features.conv6"]
+    assert config["sensitive_layers"] == "3,5" and config["combination_thresholds"] == "2:0.95,4:0.9,5:0.85"
+    assert "configuration" not in config and config["keep"] == "best" and config["normalisation"] == "imagenet"
+    assert 0 < values["cohesion"] <= 1 and values["generations"] in (0, 1)
+    assert values["modularizing_time"] <= values["search_time"] < values["total_time"]
+
+
+def test_searches_with_nothing_new_are_recorded_as_before(network, tmp_path):
+    "Rows of one study from before and after there were more choices have the same settings"
+    _, config, _ = searched(network, tmp_path)
+    former = FEW | {
+        "rules": "released", "population": 6, "parents": 3, "elites": 2, "patience": 20, "fewest": 50, "most": 100,
+        "mutation_rate": 0.05, "keep_sensitive": "0.7,0.8,0.9", "keep_insensitive": "0.4,0.5,0.6,0.7",
+        "initial_bias": 0.1, "grouping": "importance", "relative_goals": False, "start": "sensitivity",
+        "min_confidence": 0.0, "fewest_sure": 0, "search_seed": 0, "subtask_seed": 1, "how": "auto",
+        "search_precision": "float32"}
+    training = json.loads(read_rows(network / "rows_train.csv").config[0])
+    assert config == training | former
+
+
+def test_a_network_that_nobody_searched_has_no_configuration(network, tmp_path):
+    with pytest.raises(NotebookFailed, match="no published search 'vgg12-digits'. There is: simcnn-cifar10"):
+        searched(network, tmp_path, configuration="published")

@@ -282,10 +282,13 @@ def quick_runs(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("quick runs")
     shutil.copy(EXPERIMENTS / "Snakefile", folder)
     parameters = {"train": "out = ''  # folder\nstudy = ''  # name\nsystem = ''  # name\nseed = 0  # number",
-                  "look": "run = ''  # folder\nout = ''  # folder\nstudy = ''  # name\nnote = ''  # text"}
+                  "look": "run = ''  # folder\nout = ''  # folder\nstudy = ''  # name\nnote = ''  # text",
+                  "tell": "runs = ''  # folder"}
     write = "for name in {0}: (Path(out) / name).write_text({1})"
     work = {"train": "1 / (2 - seed)\n" + write.format(["rows_train.csv", "model.safetensors"], "''"),
-            "look": write.format(["rows.csv"], "note")}
+            "look": write.format(["rows.csv"], "note"),
+            "tell": "found = sorted(str(path.parent) for path in Path(runs).glob('*/*/rows.csv'))\n"
+                    "(Path(runs) / 'report.txt').write_text(' '.join(found))"}
     for name in parameters:
         sources = ["from pathlib import Path", parameters[name], work[name]]
         cells = [{"cell_type": "code", "id": f"c{i}", "source": source, "outputs": [], "execution_count": None,
@@ -294,7 +297,8 @@ def quick_runs(tmp_path_factory) -> Path:
         content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
         (folder / f"{name}.ipynb").write_text(json.dumps(content))
     (folder / "matrix.yaml").write_text(
-        "studies: {a: {vary: {seed: [0, 2]}, train: {system: x}, stages: {look: {note: it's a \"note\" with $HOME}}}}")
+        "studies: {a: {vary: {seed: [0, 2]}, train: {system: x}, stages: {look: {note: it's a \"note\" with $HOME}}, "
+        "report: tell}}")
     return folder
 
 
@@ -307,6 +311,8 @@ def test_a_failing_cell_keeps_its_notebook_and_the_others_go_on(quick_runs, tmp_
     assert (runs / "a/x-seed0/look/rows.csv").read_text() == "it's a \"note\" with $HOME"
     for kept in ("train.ipynb", "train.log"): assert "ZeroDivisionError" in (bad / kept).read_text()
     assert not (bad / "rows_train.csv").exists() and not (runs / "a/x-seed2/look/rows.csv").exists()
+    assert (runs / "a/report_so_far.txt").read_text() == "a/x-seed0/look", "a report about what is there"
+    assert not (runs / "a/report.txt").exists(), "the report proper waits for all cells"
     (runs / "a/x-seed0/look/rows.csv").unlink()
     planned = snakemake(tmp_path, *words, "-n").stdout
     made = "".join(line for line in planned.splitlines() if line.strip().startswith("output:"))

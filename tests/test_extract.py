@@ -1,6 +1,9 @@
 "Extraction equals the masked oracle, for every architecture and any mask."
 
 import functools
+import math
+import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -30,9 +33,10 @@ TIMM = {"mobilenetv3_small_050": (64, 3), "efficientnet_lite0": (64, 3), "regnet
 
 
 def unsettle(model: nn.Module) -> nn.Module:
-    "Give normalisations statistics, scales and shifts as after training, so that a mistake in them shows"
+    "Give normalisations statistics, scales and shifts as after training, and no layer zeros, so that a mistake shows"
     generator = torch.Generator().manual_seed(1)
     for layer in model.modules():
+        if isinstance(layer, nn.Linear) and not layer.weight.any(): layer.weight.data.normal_(generator=generator)
         if isinstance(layer, nn.BatchNorm2d):
             for tensor, low, high in [(layer.running_mean, -0.5, 0.5), (layer.running_var, 0.5, 2.0),
                                       (layer.weight.data, 0.5, 1.5), (layer.bias.data, -0.5, 0.5)]:
@@ -142,7 +146,7 @@ def test_full_masks_change_nothing(name):
     anatomy, x = anatomy_of(name, "ours")
     keep = random_masks(anatomy, list(KINDS), 2.0, 0)
     whole = anatomy.extract(keep)
-    shapes = {n: p.shape for n, p in anatomy.model.named_parameters()}
+    shapes = {n.replace("in_proj_", "in_proj."): p.shape for n, p in anatomy.model.named_parameters()}
     assert {n: p.shape for n, p in whole.named_parameters()} == shapes
     with torch.no_grad(): assert torch.equal(whole(x), anatomy.model(x))
 
@@ -252,7 +256,7 @@ class Functions(nn.Module):
 
 
 class Tokens(nn.Module):
-    "Attention kept whole, its MLP narrowed in the last dimension"
+    "Attention as torch has it, with an MLP narrowed in the last dimension"
 
     def __init__(self, width=8):
         super().__init__()
@@ -264,6 +268,68 @@ class Tokens(nn.Module):
         tokens = tokens + self.attention(tokens, tokens, tokens, need_weights=False)[0]
         tokens = tokens + self.down(F.gelu(self.up(self.norm(tokens))))
         return tokens.transpose(1, 2).reshape(x.shape[0], 8, x.shape[2], x.shape[3])
+
+
+class Same(nn.Conv2d):
+    "Padding that depends on the size of the map, as in networks that come from TensorFlow"
+
+    def forward(self, x):
+        missing = max((math.ceil(x.shape[-1] / self.stride[0]) - 1) * self.stride[0] + 3 - x.shape[-1], 0)
+        if missing > 0: x = F.pad(x, [missing // 2, missing - missing // 2] * 2)
+        return F.conv2d(x, self.weight, self.bias, self.stride)
+
+
+class Standard(nn.Conv2d):
+    "A convolution with weights standardised by `F.batch_norm`, and a scale of its own"
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.gain = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
+
+    def forward(self, x):
+        weight = F.batch_norm(self.weight.reshape(1, 8, -1), None, None, weight=(self.gain * 0.3).view(-1), training=True)
+        return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
+
+
+class ScaledNorm(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.norm, self.gain = nn.BatchNorm2d(8), nn.Parameter(torch.rand(8, 1))
+
+    def forward(self, x): return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, (self.gain * 2).view(-1))
+
+
+class Last(nn.Module):
+    "Channels in the last dimension, cut into two, with embeddings added that are the same for all images"
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(8), nn.Linear(8, 12), nn.Linear(6, 8)
+        self.places = nn.Parameter(torch.randn(1, 6, 6, 6))
+
+    def forward(self, x):
+        a, b = self.up(self.norm(x.permute(0, 2, 3, 1))).chunk(2, -1)
+        return self.down((F.gelu(a) + self.places) * b).permute(0, 3, 1, 2)
+
+
+class Attention(nn.Module):
+    "Four heads of two channels; with a bias by relative position also a second, unused way to compute"
+
+    def __init__(self, width=8, heads=4, bias=False):
+        super().__init__()
+        self.heads, self.qkv, self.proj = heads, nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.q_norm, self.table = nn.LayerNorm(2), nn.Parameter(torch.randn(71, heads)) if bias else None
+        self.register_buffer("where", torch.arange(36)[:, None] - torch.arange(36) + 35)
+
+    def forward(self, x):
+        tokens = x.flatten(2).transpose(1, 2)
+        b, n, c = tokens.shape
+        q, k, v = self.qkv(tokens).reshape(b, n, 3, self.heads, c // self.heads).permute(2, 0, 3, 1, 4).unbind(0)
+        if self.table is None: mixed = F.scaled_dot_product_attention(self.q_norm(q), k, v)
+        else:
+            scores = self.q_norm(q) @ k.transpose(-2, -1) + self.table[self.where].permute(2, 0, 1).unsqueeze(0)
+            mixed = scores.softmax(-1) @ v
+        return self.proj(mixed.transpose(1, 2).reshape(b, n, c)).transpose(1, 2).reshape(b, c, x.shape[2], x.shape[3])
 
 
 def shuffle(x, groups=2):
@@ -318,7 +384,9 @@ LAYERS = {
     "prelu, one slope": nn.PReLU(), "transposed": nn.ConvTranspose2d(8, 8, 2, stride=2),
     "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=2), "multiplier": nn.Conv2d(8, 8, 3, groups=4, bias=False),
     "depthwise": nn.Conv2d(8, 8, 3, groups=8), "squeeze and excitation": Squeeze(), "scale and shift": Scaled(),
-    "tokens": Tokens(), "dropout": nn.Dropout(), "shuffled pixels": nn.PixelShuffle(1), "functions": Functions(),
+    "tokens": Tokens(), "same padding": Same(8, 8, 3, stride=2), "standardised": Standard(8, 8, 3), "channels last": Last(),
+    "attention": Attention(), "attention with positions": Attention(bias=True), "torch's attention": Tokens(),
+    "computed scale": ScaledNorm(), "dropout": nn.Dropout(), "shuffled pixels": nn.PixelShuffle(1), "functions": Functions(),
     "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
 }
 NETS = TRICKY | {name: Block(None) for name in LAYERS}
@@ -333,14 +401,15 @@ def test_tricky_networks_equal_the_oracle(name):
     anatomy, x = CATALOGUE[name], torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
     @settings(max_examples=10, **RANDOM)
-    @given(st.sampled_from([["activation"], ["norm"], ["conv"], ["activation", "conv", "linear"]]), SHARES, SEEDS)
+    @given(st.sampled_from([["activation"], ["norm"], ["conv", "head"], ["activation", "conv", "linear"]]), SHARES, SEEDS)
     def check(kinds, share, seed): assert_equals_oracle(anatomy, random_masks(anatomy, kinds, share, seed), x)
 
     check()
 
 
 @pytest.mark.parametrize("name", ["chunks", "slices", "concatenated twice", "squeeze and excitation", "scale and shift",
-                                  "depthwise", "difference", "permuted", "spatial gate", "functions"])
+                                  "depthwise", "difference", "permuted", "spatial gate", "functions", "same padding",
+                                  "standardised", "computed scale", "channels last", "attention"])
 def test_known_operations_get_narrower(name):
     "Not everything may fall back to being kept whole"
     anatomy = CATALOGUE[name]
@@ -349,6 +418,83 @@ def test_known_operations_get_narrower(name):
     if name == "scale and shift": return  # reads a parameter twice, and so holds it twice
     counts = [w.count() for w in anatomy.kept_weights({"relu": torch.arange(8) < 2}).values()]
     assert sum(counts) == sum(p.numel() for p in smaller.parameters())
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_any_number_of_images(name):
+    anatomy, x = CATALOGUE[name], torch.randn(5, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad(): assert torch.allclose(anatomy.extract({})(x), anatomy.model(x), atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["attention", "attention with positions", "torch's attention"])
+def test_heads_are_units(name):
+    anatomy = CATALOGUE[name]
+    site, = (n for n in kind_of_sites(anatomy.traced, "head"))
+    heads, width = site.meta["shape"][unit_axis(site)], 8
+    keep = {site.meta["site"]: torch.arange(heads) == 1}
+    left = {n: w.count() for n, w in anatomy.kept_weights(keep).items()}
+    whole = {n: w.count() for n, w in anatomy.kept_weights({}).items()}
+    for path, count in left.items():
+        inner = any(part in path for part in ("qkv", "in_proj", "proj.weight"))
+        assert count * heads == whole[path] if inner else count == whole[path], path
+    assert sum(left.values()) == sum(p.numel() for p in anatomy.extract(keep).parameters())
+
+
+def test_a_layer_called_several_times_is_there_once():
+    class Shared(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.shared, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 6, 3, padding=1), nn.Conv2d(6, 2, 1)
+            self.tied = nn.Conv2d(6, 6, 3, padding=1)
+            self.tied.weight = self.shared.weight
+
+        def forward(self, x):
+            x = F.relu(self.first(x))
+            for _ in range(4): x = F.relu(self.shared(x))
+            return self.head(F.relu(self.tied(x)))
+
+    net, x = Shared(), torch.randn(2, 3, 5, 5)
+    anatomy = Anatomy(net, x)
+    size = lambda module: sum(p.numel() for p in module.parameters())
+    assert size(anatomy.extract({})) == size(net)
+    sites = list(unit_sites(net, x))
+    same = {site: torch.arange(6) < 3 for site in sites}
+    different = {site: torch.arange(6) != i for i, site in enumerate(sites)}
+    for keep, largest in ((same, size(net) // 2), (different, size(net))):
+        smaller = anatomy.extract(keep)
+        with torch.no_grad(): assert torch.allclose(smaller(x), anatomy.masked(keep)(x), atol=1e-5)
+        assert size(smaller) <= largest and not [n for n, _ in smaller.named_parameters() if "_call" in n]
+        assert sum(w.count() for w in anatomy.kept_weights(keep).values()) >= size(smaller)
+    smaller = anatomy.extract(same)
+    assert smaller.tied.weight is smaller.shared.weight
+
+
+def test_optional_arguments_keep_their_default():
+    class Optional(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 2, 1)
+
+        def forward(self, x, mask=None, *, scale=1):
+            x = F.relu(self.a(x)) * scale
+            return self.b(x if mask is None else x * mask)
+
+    net, x, keep = Optional(), torch.randn(2, 3, 4, 4), {"relu": torch.tensor([True, False, True, False])}
+    with torch.no_grad(): assert torch.allclose(extract(net, keep, x)(x), masked(net, keep, x)(x), atol=1e-6)
+
+
+def test_wrapped_networks_are_unwrapped():
+    net, x = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)), torch.zeros(1, 3, 2, 2)
+    for wrapped in (nn.DataParallel(net), torch.compile(net, backend="eager"), nn.DataParallel(torch.compile(net))):
+        assert unit_sites(wrapped, x) == {"1": 4} and extract(wrapped, {}, x)(x).shape == (1, 2, 2, 2)
+    with pytest.raises(ValueError, match="TorchScript.*give the nn.Module"): unit_sites(torch.jit.trace(net, x), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_other_numbers_than_float32(dtype):
+    net, x = Block(lambda net, x: F.relu(net.extra(x))).eval().to(dtype), torch.randn(2, 3, 6, 6)
+    smaller = extract(net, {"relu": torch.arange(8) < 4}, x)
+    assert {p.dtype for p in smaller.parameters()} == {dtype} and smaller(x.to(dtype)).dtype == dtype
 
 
 def test_several_outputs_and_a_dictionary():
@@ -366,6 +512,32 @@ def test_several_outputs_and_a_dictionary():
     assert found["features"].shape == (2, 4, 4, 4) and (found["features"][:, 1] == 0).all()
     assert all(torch.allclose(found[k], expected[k], atol=1e-6) for k in expected)
     with pytest.raises(ValueError, match="one tensor"): extract(net, keep, x, outputs=[0])
+
+
+@dataclass
+class Answer:
+    loss: torch.Tensor | None
+    logits: torch.Tensor
+
+
+@pytest.mark.parametrize("answer", [lambda x, y: {"hidden": x, "logits": y}, lambda x, y: (y,), lambda x, y: (y, None),
+                                    lambda x, y: Answer(None, y)])
+def test_columns_of_logits_among_other_outputs(answer):
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 5)
+
+        def forward(self, x):
+            x = F.relu(self.a(x))
+            return answer(x, self.b(x))
+
+    net, x, keep = Net(), torch.randn(2, 3), {"relu": torch.tensor([True, False, True, True])}
+    whole = Net.forward(net, x)
+    with torch.no_grad(): found = extract(net, {}, x, outputs=[1, 3])(x)
+    logits = whole.logits if isinstance(whole, Answer) else whole["logits"] if isinstance(whole, dict) else whole[0]
+    assert torch.allclose(found, logits[:, [1, 3]], atol=1e-6)
+    assert extract(net, keep, x, outputs=[1, 3])(x).shape == (2, 2)
 
 
 def test_an_output_with_dead_channels_keeps_its_width():
@@ -427,16 +599,35 @@ def test_masks_of_another_model(lenet):
         extract(lenet[0], {"features.99": torch.ones(3, dtype=torch.bool)}, lenet[1])
 
 
-def test_untraceable_layer_is_named():
-    class Branching(nn.Module):
-        def forward(self, x): return x * 2 if x.mean() > 0 else x
+class Branching(nn.Module):
+    def forward(self, x): return x * 2 if x.mean() > 0 else x
 
-    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Branching()), nn.Conv2d(4, 2, 1))
-    x = torch.randn(1, 3, 2, 2)
-    with pytest.raises(NotTraceable, match=r"'1\.1' \(Branching\)"): extract(net, {}, x)
-    opaque(Branching)
-    keep = {"1.0": torch.tensor([True, False, True, False])}
-    with torch.no_grad(): assert torch.allclose(extract(net, keep, x)(x), masked(net, keep, x)(x), atol=1e-6)
+
+def test_untraceable_layer_is_kept_whole_and_named_once():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.ReLU(), Branching()), nn.Conv2d(4, 2, 1), Branching())
+    x, keep = torch.randn(1, 3, 2, 2), {"1.0": torch.tensor([True, False, True, False])}
+    with pytest.warns(UserWarning, match=r"kept whole.*'1\.1', '3' \(Branching\).*content of a tensor") as told:
+        anatomy = Anatomy(net, x)
+    assert len(told) == 1
+    with torch.no_grad(): assert torch.allclose(anatomy.extract(keep)(x), anatomy.masked(keep)(x), atol=1e-6)
+    assert anatomy.extract(keep).get_submodule("0").out_channels == 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with opaque(Branching): assert without_rule(net, x) == {"1.1": "Branching", "3": "Branching"}
+    with pytest.warns(UserWarning): Anatomy(net, x) # the block has ended
+    with pytest.raises(NotTraceable, match="Nothing is left"): Anatomy(nn.Sequential(Branching()), x)
+
+
+def test_an_example_that_does_not_fit_is_not_blamed_on_a_layer():
+    class Inner(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv2d(5, 4, 1)
+
+        def forward(self, x): return self.conv(x) if x.shape[2] > 1 else x
+
+    with pytest.raises(ValueError, match="does not pass node '1.conv'"):
+        extract(nn.Sequential(nn.Conv2d(3, 4, 1), Inner()), {}, torch.zeros(1, 3, 2, 2))
 
 
 def test_assignment_into_a_tensor_is_named():

@@ -5,8 +5,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from torch import nn
+
+from modnb.compat import import_torchvision
+from modnb.extract import extract
 from modnb.files import UnreadableFile, atomic_path, save_tensors
 from modnb.masks import EMPTY_RULES, ModuleMasks, relaxed, threshold_masks
+from modnb.units import unit_sites
 
 NAMES = ["a", "b", "c"]
 RATES = st.lists(st.lists(st.integers(0, 50), min_size=6, max_size=6), min_size=3, max_size=3).map(
@@ -111,3 +116,21 @@ def test_bad_arguments():
     with pytest.raises(ValueError, match="no masks for"): masks.only(["y"])
     with pytest.raises(ValueError, match="at 'x' no unit reaches 1.0 for a, b, c"):
         threshold_masks({"x": torch.zeros(3, 2)}, NAMES, 1.0, "error")
+
+
+def test_another_network_refuses_masks_and_old_files_load(tmp_path):
+    models, image = import_torchvision().models, torch.zeros(1, 3, 64, 64)
+    eighteen, deeper = models.resnet18(), models.resnet34()
+    masks = ModuleMasks({s: torch.ones(1, k, dtype=torch.bool) for s, k in unit_sites(eighteen, image).items()}, ["a"])
+    extract(deeper, masks.keep(), image)  # nothing is known of its network
+    known = masks.of(eighteen)
+    known.save(tmp_path / "new")
+    masks.save(tmp_path / "old")
+    for kept in (known, ModuleMasks.load(tmp_path / "new"), known.only(["relu"])):
+        extract(eighteen, kept.keep(), image)
+        extract(nn.DataParallel(eighteen), kept.keep(), image)
+        with pytest.raises(ValueError, match=r"another network.*'layer1.2.conv1.weight' does not exist, here it has shape \[64"):
+            extract(deeper, kept.keep(), image)
+    assert ModuleMasks.load(tmp_path / "old").network is None and ModuleMasks.load(tmp_path / "old") == known
+    with pytest.raises(ValueError, match="'fc.weight' has shape"):
+        extract(models.resnet18(num_classes=5), known.keep(), image)

@@ -19,11 +19,12 @@ import pytest
 import yaml
 
 from modnb.lab.commands import (
+    Measured,
     hardware_kind,
     main,
     measured_epochs,
+    measured_stages,
     plan_table,
-    scaled_seconds,
     study_steps,
     timing_key,
 )
@@ -77,8 +78,15 @@ def finished(folder: Path) -> list[str]:
 # Plans
 
 
+def trained(folder: Path, hardware: str, seconds: float = 10.0, epochs: int = 10, seed: int = 0, **settings) -> None:
+    "Rows of a training, in a folder of all runs"
+    run = describe_run("s", "plain", "vgg12", "digits", seed, settings | {"epochs": epochs}) | {"hardware": hardware}
+    write_rows(folder / f"networks/net{seed}/rows_train.csv", make_rows(run, {"training_time": seconds}, split="train"))
+
+
 def test_all_is_planned_with_shared_networks_counted_once(tmp_path, capfd):
-    assert main(["run", "all", "--dry-run", "--runs", str(tmp_path), "--gpus", "0", "--hardware", "unheard of"]) == 0
+    trained(tmp_path, "a GPU", width=7.0)
+    assert main(["run", "all", "--dry-run", "--runs", str(tmp_path), "--gpus", "0", "--on", "a GPU"]) == 0
     lines = [re.split(r"  +", line) for line in capfd.readouterr().out.splitlines()]
     matrix, defaults = read_matrix(EXPERIMENTS / "matrix.yaml"), notebook_parameters(EXPERIMENTS / "train.ipynb")
     cells = [cell for study in matrix for cell in study_cells(matrix, study, defaults)]
@@ -86,7 +94,7 @@ def test_all_is_planned_with_shared_networks_counted_once(tmp_path, capfd):
     together = next(line for line in lines if line[0] == "together")
     networks = {cell.network for cell in cells if cell.needs_network}
     assert together[1:3] == [str(len(cells)), str(len(networks))] and len(networks) < len(cells)
-    assert together[6:] == ["not measured"], "no hours are made up"
+    assert together[6:] == ["not measured", "not measured"], "no hours are made up"
     assert len({line[0] for line in lines} & set(matrix)) == len(matrix)
 
 
@@ -99,35 +107,76 @@ def test_hours_by_precision_where_a_plan_names_one(tmp_path):
     epochs, kind = measured_epochs([tmp_path]), hardware_kind(run["hardware"])
     found = [epochs[timing_key(settings | {"precision": precision}, kind)] for precision in ("float32", "bfloat16", "")]
     assert found == [4.0, 2.0, 3.0], "the median of all where it is left open"
-    five = settings | {"train_limit": 700, "precision": "float32"}
-    assert scaled_seconds(five, epochs, kind) == pytest.approx(4 * 700 / 1437)
-    assert scaled_seconds(five | {"precision": "float16"}, epochs, kind) is None
+    assert timing_key(settings | {"train_limit": 700}, kind) not in epochs, "other images take another time"
 
 
 def test_hours_come_from_measured_epochs_of_the_same_kind(tmp_path):
     settings = {"width": 1.0, "batch_size": 64}
-    for seed, seconds in ((0, 50.0), (1, 70.0)):
-        run = describe_run("s", "plain", "vgg12", "digits", seed, settings | {"epochs": 10})
-        rows = make_rows(run | {"hardware": "a GPU"}, {"training_time": seconds}, split="train")
-        write_rows(tmp_path / f"networks/net{seed}/rows_train.csv", rows)
+    for seed, seconds in ((0, 50.0), (1, 70.0)): trained(tmp_path, "a GPU", seconds, seed=seed, **settings)
     epochs = measured_epochs([tmp_path])
     assert list(epochs.values()) == [6.0]
     train = {"model": "vgg12", "dataset": "digits", "system": "plain", "epochs": 600} | settings
 
     def hours(kind="a GPU", **changes):
         matrix = {"a": check_study("a", {"vary": {"seed": [0, 1]}, "train": train | changes})}
-        return plan_table({"a": study_cells(matrix, "a")}, tmp_path / "none", {}, epochs, kind)[1][6:]
+        return plan_table({"a": study_cells(matrix, "a")}, tmp_path / "none", {}, Measured(kind, epochs))[1][6]
 
-    assert hours() == ["2", "about 2"]
-    for change in ({"kind": "another"}, {"system": "moda"}, {"dataset": "a folder"}):
-        assert hours(**change) == ["not measured", ""], change
-    for change in ({"width": 0.5}, {"dataset": "svhn"}, {"batch_size": 128}):
-        measured, scaled = hours(**change)
-        assert measured == "not measured" and re.fullmatch(r"about [\d.,]+", scaled), change
-    assert hours(precision="")[0] == "2", "left open"
-    assert hours(precision="float32") == ["not measured", ""], "older rows do not say what it was"
-    assert hours(train_limit=719)[1] == "about 1" and hours(batch_size=128)[1] == "about 2", "half the images"
-    assert hours(lr=0.3) == ["2", "about 2"], "does not change the time"
+    assert hours() == "2"
+    for change in ({"kind": "another"}, {"system": "moda"}, {"dataset": "a folder"}, {"width": 0.5},
+                   {"dataset": "svhn"}, {"batch_size": 128}, {"train_limit": 719}):
+        assert hours(**change) == "not measured", change
+    assert hours(precision="") == "2", "left open"
+    assert hours(precision="float32") == "not measured", "older rows do not say what it was"
+    assert hours(lr=0.3) == "2", "does not change the time"
+
+
+def test_stages_take_as_long_as_their_like_did(tmp_path):
+    "The first cell of a study tells what the others will take, on the same hardware alone"
+    matrix = {"a": check_study("a", {"vary": {"system": ["plain", "moda"], "seed": [0, 1, 2]},
+                                     "train": {"model": "vgg12", "dataset": "digits"},
+                                     "stages": {"search": {"sizes": "2"}, "patch": {"after": {"found": "search"}}}})}
+    cells = study_cells(matrix, "a")
+    for cell in cells[:2]: # plain
+        for stage, seconds in (("search", 1800), ("patch", 360)):
+            run = describe_run("a", "plain", "vgg12", "digits", 0, {}) | {"hardware": "a GPU"}
+            write_rows(tmp_path / f"a/{cell.name}/{stage}/rows.csv", make_rows(run, {"accuracy": 1.0}))
+            book = {"cells": [], "metadata": {"papermill": {"duration": seconds * (1 + cell.train["seed"])}}}
+            (tmp_path / f"a/{cell.name}/{stage}/{stage}.ipynb").write_text(json.dumps(book))
+    stages, rehearsed = measured_stages(cells, tmp_path, {}), {("a", "patch"): 36.0}
+    assert sorted(stages.values()) == [540, 2700], "medians"
+    line = lambda **known: plan_table({"a": cells}, tmp_path, {}, Measured(**known))[1]
+    assert line(kind="a GPU", stages=stages)[5:] == ["8", "not measured", "0.9 for 2 of 8, others not measured"]
+    assert line(kind="another", stages=stages)[7] == "not measured"
+    assert line(kind="another", stages=stages, rehearsed=rehearsed)[7] == (
+        "not measured; in a rehearsal 0.04 for 4 of those")
+    assert line(kind="a GPU", stages=stages, rehearsed=rehearsed)[7] == (
+        "0.9 for 2 of 8, others not measured; in a rehearsal 0.03 for 3 of those")
+    (tmp_path / f"a/{cells[0].name}/search/search.ipynb").write_text("{}")
+    assert sorted(measured_stages(cells, tmp_path, {}).values()) == [540, 3600], "some notebook does not say"
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--on", "NVIDIA H20"], "no hardware with measured epochs 'NVIDIA H20'. Did you mean 'NVIDIA H200'? There is: "),
+    (["--rehearsed", "nowhere.csv"], "--rehearsed nowhere.csv: there is no nowhere.csv to read"),
+    (["--rehearsed", "README.md"], "study, cell, stage, seconds are expected as columns"),
+])
+def test_costs_of_what_is_not_there(words, message, tmp_path, capsys, monkeypatch):
+    trained(tmp_path, "NVIDIA H200")
+    monkeypatch.chdir(ROOT)
+    assert main(["run", "smoke", "--dry-run", "--runs", str(tmp_path), *words]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_plan_for_another_gpu(tmp_path, capsys):
+    "From any machine; without --on the plan says which hardware rows name"
+    trained(tmp_path, "NVIDIA H200", 100.0, 10, width=0.125, train_limit=400, test_limit=200, valid=0.2)
+    plan = ["run", "smoke", "--dry-run", "--gpus", "0", "--runs", str(tmp_path)]
+    assert main([*plan, "--on", "NVIDIA H200"]) == 0
+    said = capsys.readouterr().out
+    assert "hours of training on NVIDIA H200" in said and "for 1 of 3, others not measured" in said
+    assert main(plan) == 0
+    said = capsys.readouterr().out
+    assert "NVIDIA H200" not in said.splitlines()[0]
 
 
 def test_every_published_table_has_its_study():
@@ -145,6 +194,7 @@ def test_every_published_table_has_its_study():
     (["run", "smoke", "--per-gpu", "0"], "--per-gpu must be at least 1"),
     (["run", "smoke", "--jobs", "0"], "--jobs must be at least 1"),
     (["run", "smoke", "--gpus", "two"], "GPUs are a number"),
+    (["run", "smoke", "--on", "a GPU"], "--on and --rehearsed are for plans: add --dry-run"),
     (["status", "smoke", "--", "--cores", "2"], "only `modnb run` passes words on"),
     (["run", "smoke", "--experiments", "nowhere"], "--experiments FOLDER"),
     (["report", "smoke"], "nothing was run yet"),

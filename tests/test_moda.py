@@ -7,9 +7,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import CountOperations, slow_mean_cosines
+from references import CountOperations, LastChannels, Tokens, slow_mean_cosines
 from torch import nn
 
+from modnb.compose import compose
 from modnb.data import Split, batches, load_dataset
 from modnb.moda.decompose import activation_rates, decompose
 from modnb.moda.losses import (
@@ -22,11 +23,12 @@ from modnb.moda.losses import (
     observe_activations,
     unit_activations,
 )
+from modnb.moda.residual import contributions, lead
 from modnb.models import create_model
 from modnb.objectives import CrossEntropy
 from modnb.similarity import AVERAGES
 from modnb.training import fit
-from modnb.units import observe, unit_sites
+from modnb.units import observe, site_axes, unit_sites
 
 batch = st.fixed_dictionaries({
     "seed": st.integers(0, 2**20), "widths": st.lists(st.integers(1, 6), min_size=1, max_size=4),
@@ -336,3 +338,105 @@ def test_a_short_run_draws_classes_apart():
     assert all(moda < standard for moda, standard in zip(shared["moda"], shared["standard"]))
     assert history.rows[-1]["dispersion"] < history.rows[0]["dispersion"]
     assert {"cross_entropy", "affinity", "dispersion", "compactness"} <= {*history.rows[0]}
+
+
+# Units in the last dimension: linear layers at every token of a sequence, and at every pixel of a map
+
+positioned = pytest.mark.parametrize("kind", [Tokens, LastChannels])
+
+
+def hooked(model, images):
+    "What the activations give, units last, without our code"
+    seen = {}
+    hooks = [model.get_submodule(site).register_forward_hook(lambda layer, args, out, site=site: seen.update({site: out}))
+             for site in model.sites]
+    logits = model(images)
+    for hook in hooks: hook.remove()
+    return logits, seen
+
+
+@positioned
+def test_units_of_positions_are_found_observed_and_averaged(kind):
+    torch.manual_seed(0)
+    model, images = kind(), torch.randn(6, 3, 16, 16)
+    assert unit_sites(model, images) == model.sites
+    _, expected = hooked(model, images)
+    _, raw = observe(model, model.sites)(images)
+    _, turned = observe(model, model.sites, images)(images)
+    _, rows = MODA().prepare(model, images)(images)
+    for site, units in model.sites.items():
+        assert raw[site].shape[-1] == units and turned[site].shape[:2] == (6, units)
+        positions = expected[site].flatten(1, -2)
+        assert torch.equal(turned[site].flatten(2).transpose(1, 2), positions)
+        by_hand = positions.abs().mean(1)
+        torch.testing.assert_close(rows[site], by_hand)
+        torch.testing.assert_close(unit_activations(raw[site], axis=raw[site].ndim - 1), by_hand)
+
+
+@positioned
+def test_losses_on_positions_equal_pairs_and_reach_every_weight(kind):
+    torch.manual_seed(1)
+    model, labels, objective = kind().double(), torch.tensor([0, 1, 1, 2, 0, 1]), MODA()
+    images = torch.randn(6, 3, 16, 16, dtype=torch.float64)
+    gradients = []
+    for slow in (False, True):
+        if slow:
+            logits, seen = hooked(model, images)
+            rows = [out.abs().flatten(1, -2).mean(1) for out in seen.values()]
+            within, between = slow_mean_cosines(rows, labels)
+            loss = nn.functional.cross_entropy(logits, labels) + 1 - within + between
+            loss = loss + 0.3 * sum(row.mean() for row in rows) / len(rows)
+        else: loss, _ = objective(*(found := objective.prepare(model, images)(images))[:1], labels, found[1])
+        gradients.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    for fast, reference in zip(*gradients): torch.testing.assert_close(fast, reference, atol=1e-10, rtol=1e-7)
+
+
+@positioned
+def test_rates_and_contributions_of_positions_equal_a_loop(kind):
+    torch.manual_seed(2)
+    model, split = kind().eval(), small_split(20)
+    rates, found = activation_rates(model, split, batch_size=7), contributions(model, split, batch_size=7)
+    slow = {site: torch.zeros(4, units) for site, units in model.sites.items()}
+    useful = {site: torch.zeros(4, units) for site, units in model.sites.items()}
+    for image, label in zip(*next(batches(split, 20))):
+        logits, seen = hooked(model, image[None])
+        slopes = torch.autograd.grad(lead(logits, label[None]).sum(), list(seen.values()))
+        for (site, out), slope in zip(seen.items(), slopes):
+            slow[site][label] += out.flatten(0, -2).ne(0).any(0) / 5
+            useful[site][label] += (out * slope).flatten(0, -2).sum(0).abs() / 5
+    for site in model.sites:
+        torch.testing.assert_close(rates[site], slow[site])
+        torch.testing.assert_close(found[site], useful[site], atol=1e-6, rtol=1e-4)
+
+
+@positioned
+def test_networks_composed_of_positions_equal_masks_in_hooks(kind):
+    torch.manual_seed(3)
+    model, split = kind().eval(), small_split(40)
+    masks = decompose(model, split, 0.6)
+    kept = masks.keep([1, 3])
+    assert 0 < torch.cat(list(kept.values())).float().mean() < 1, "otherwise nothing is shown"
+    images, _ = next(batches(split, 8))
+    small = compose(model, masks, [1, 3], images)
+    hooks = [model.get_submodule(site).register_forward_hook(lambda layer, args, out, mask=mask: out * mask)
+             for site, mask in kept.items()]
+    with torch.no_grad(): expected, found = model(images)[:, [1, 3]], small(images)
+    for hook in hooks: hook.remove()
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
+    assert sum(p.numel() for p in small.parameters()) < sum(p.numel() for p in model.parameters())
+
+
+@pytest.mark.parametrize("name, number", [("vit_small", 2), ("convnext_tiny", 5)])
+def test_it_looks_at_the_units_of_transformers(name, number):
+    model = create_model(name, width=0.05, image_size=16, depth=2, seed=0)
+    network = MODA().prepare(model.train(), torch.zeros(2, 3, 16, 16))
+    _, observed = network(torch.randn(4, 3, 16, 16))
+    assert len(observed) == number
+    assert {site: row.shape[1] for site, row in observed.items()} == unit_sites(model, torch.zeros(2, 3, 16, 16))
+
+
+def test_what_cannot_be_looked_at_image_by_image_is_refused_by_name():
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(0, 1), nn.ReLU())
+    with pytest.raises(ValueError, match=r"'2' cannot be looked at image by image: for 2 images it gives \[8, 5, 5\]"):
+        site_axes(model, ["2"], torch.zeros(2, 3, 5, 5))
+    with pytest.raises(ValueError, match="sequence .* axis=2"): unit_activations(torch.rand(2, 5, 4))

@@ -290,3 +290,44 @@ def test_a_model_of_ones_own(monkeypatch):
     model = create_model("tiny", num_classes=2, hidden=5)
     assert model.config == {"name": "tiny", "num_classes": 2, "width": 1.0, "image_size": 8, "hidden": 5}
     assert "tiny" in list_models() and model(torch.zeros(1, 3, 8, 8)).shape == (1, 2)
+
+
+every_transformer = pytest.mark.parametrize("name", ["vit_small", "convnext_tiny"])
+
+
+@pytest.mark.parametrize("name, patch, expected", [("vit_small", 16, 22_050_664), ("convnext_tiny", 4, 28_589_128)])
+def test_transformers_of_published_size(name, patch, expected):
+    "ViT-S with patches of 16 pixels and ConvNeXt-T, for 1,000 classes and 224 x 224 pixels"
+    assert parameters(shapes(name, 1000, image_size=224, patch=patch)) == expected
+
+
+@every_transformer
+@pytest.mark.parametrize("size, width, depth", [(16, 0.05, 1), (32, 0.125, 2), (64, 0.25, 3)])
+def test_transformers_of_any_size_are_built_again_from_their_config(name, size, width, depth):
+    model = create_model(name, num_classes=3, width=width, image_size=size, depth=depth, seed=1)
+    again = create_model(**model.config, seed=1)
+    assert all(torch.equal(value, again.state_dict()[key]) for key, value in model.state_dict().items())
+    assert model.config["patch"] == size // {"vit_small": 8 if size > 16 else 4, "convnext_tiny": 16}[name]
+    assert again(images(model)).shape == (2, 3)
+    F.cross_entropy(model.train()(images(model)), torch.tensor([0, 2])).backward()
+    assert all(weights.grad is not None and weights.grad.isfinite().all() for weights in model.parameters())
+
+
+@pytest.mark.parametrize("width, heads, units", [(1.0, 6, 384), (0.5, 3, 192), (0.25, 2, 96), (0.125, 1, 48), (0.01, 1, 4)])
+def test_heads_of_a_transformer_go_with_its_width(width, heads, units):
+    attention = [part for part in shapes("vit_small", width=width, depth=2).modules() if isinstance(part, nn.MultiheadAttention)]
+    assert [(part.num_heads, part.embed_dim) for part in attention] == [(heads, units)] * 2
+
+
+def test_blocks_of_a_convnext():
+    depthwise = lambda **options: [part.out_channels for part in convolutions(shapes("convnext_tiny", **options)) if part.groups > 1]
+    assert depthwise() == [96] * 3 + [192] * 3 + [384] * 9 + [768] * 3
+    assert depthwise(width=0.25, depth=2) == [24, 48, 96, 96, 192]
+
+
+@every_transformer
+@pytest.mark.parametrize("options, words", [
+    ({"image_size": 36, "patch": 5}, "patches of 5 pixels do not fill an image of 36"), ({"patch": 0}, "patch must be"),
+    ({"depth": 0}, "depth must be"), ({"patch": 64}, "patch must be"), ({"image_size": 4}, "image_size of")])
+def test_transformers_that_cannot_be(name, options, words):
+    with pytest.raises(ValueError, match=words): create_model(name, width=0.05, **options)

@@ -11,12 +11,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from references import CountOperations, set_jaccard, slow_mean_cosines
+from references import CountOperations, LastChannels, Tokens, set_jaccard, slow_mean_cosines
 from torch import nn
 from torch.nn import functional as F
 
-from modnb.data import Split, load_dataset
-from modnb.extract import masked
+from modnb.compat import import_torchvision
+from modnb.data import Split, batches, load_dataset
+from modnb.extract import extract, masked
 from modnb.lab.matrix import read_matrix, study_cells
 from modnb.lab.published import read_published
 from modnb.lab.running import notebook_parameters
@@ -26,6 +27,7 @@ from modnb.mwt.generators import (
     FORMS,
     MaskGenerator,
     add_mask_generators,
+    fuse_scaling,
     generator_parameters,
     mask_generators,
     maskable_sites,
@@ -662,3 +664,144 @@ def test_bad_subtasks_and_masks(trained):
     wide = create_model("vgg12", width=0.25)
     with pytest.raises(ValueError, match="another model"):
         Reuser(add_mask_generators(wide, data.example()), masks, data.example())
+
+
+# Linear layers at every position of a sequence or a map, and layers that know their mode
+
+def small_transformer(): return create_model("vit_small", width=0.05, image_size=16, depth=2, seed=0)
+
+
+def small_convnext(): return create_model("convnext_tiny", width=0.05, image_size=16, depth=3, dropout=0.4, seed=0)
+
+
+def small_swin():
+    torch.manual_seed(0)
+    swin = import_torchvision().models.SwinTransformer
+    return swin([2, 2], 8, [2, 2], [2, 2], [4, 4], stochastic_depth_prob=0.4, num_classes=10)
+
+
+positioned = pytest.mark.parametrize("build", [Tokens, LastChannels, small_transformer, small_convnext, small_swin])
+
+
+def with_random_head(model):
+    "A transformer's last layer begins with zeros, which would hide all mistakes before it"
+    last = [layer for layer in model.modules() if isinstance(layer, nn.Linear)][-1]
+    nn.init.normal_(last.weight)
+    return model
+
+
+def positions(images=5): return torch.randn(images, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+
+
+def test_which_layers_over_positions_have_a_generator():
+    assert maskable_sites(Tokens(), positions()) == {"up": 9, "down": 6, "wide": 7}, "not the head, which sees one token"
+    assert maskable_sites(LastChannels(), positions()) == {"depthwise": 6, "up": 9, "down": 6, "wide": 7}
+    assert list(maskable_sites(Tokens(), positions(), first=True)) == ["patches", "up", "down", "wide"]
+
+
+@positioned
+def test_open_masks_over_positions_change_nothing_and_the_way_back_neither(build):
+    model = with_random_head(build()).eval()
+    modular = add_mask_generators(model, positions(), seed=0)
+    for generator in mask_generators(modular).values(): nn.init.constant_(generator.kernels.bias, 1000)
+    with torch.no_grad():
+        torch.testing.assert_close(modular(positions()), model(positions()), atol=1e-5, rtol=1e-5)
+        assert torch.equal(remove_mask_generators(modular).eval()(positions()), model(positions()))
+
+
+@pytest.mark.parametrize("kind", [Tokens, LastChannels])
+def test_masks_over_positions_by_hand(kind):
+    "The generator looks at the mean over positions of what the layer reads, and scales what the layer gives"
+    torch.manual_seed(0)
+    model = kind().eval()
+    modular, images, seen = add_mask_generators(model, positions(), seed=0).eval(), positions(), {}
+    generators = mask_generators(modular)
+    for generator in generators.values(): nn.init.zeros_(generator.kernels.bias) # so that some kernels are off
+    _, soft = observe_masks(modular)(images)
+    def scale(layer, args, out, site):
+        spread = args[0].flatten(2).mean(2) if isinstance(layer, nn.Conv2d) else args[0].flatten(1, -2).mean(1)
+        generator = generators[site]
+        hidden = (spread @ generator.hidden.weight.T).clamp(min=0)
+        seen[site] = (hidden @ generator.kernels.weight.T + generator.kernels.bias).tanh().clamp(min=0)
+        if isinstance(layer, nn.Conv2d): return out * seen[site][:, :, None, None]
+        return out * seen[site].view(len(out), *[1] * (out.ndim - 2), -1)
+    for site in generators:
+        model.get_submodule(site).register_forward_hook(lambda *call, site=site: scale(*call, site=site))
+    with torch.no_grad(): torch.testing.assert_close(modular(images), model(images), atol=1e-5, rtol=1e-5)
+    for site, mask in soft.items(): torch.testing.assert_close(mask, seen[site], atol=1e-6, rtol=1e-5)
+    assert any((mask == 0).any() for mask in soft.values()) and all((mask > 0).any() for mask in soft.values())
+
+
+@positioned
+def test_losses_over_positions_reach_every_generator_and_a_shorter_step_is_the_same(build):
+    model, labels = build(), torch.tensor([0, 1, 1, 0, 1])
+    modular = add_mask_generators(model, positions(), seed=0).eval()
+    with torch.no_grad():
+        (logits, soft), (same, _) = (view(positions()) for view in (observe_masks(modular), fuse_scaling(observe_masks(modular))))
+    torch.testing.assert_close(logits, same)
+    objective = MwT()
+    _, terms = objective(logits, labels, soft)
+    within, between = slow_mean_cosines([mask.double() for mask in soft.values()], labels)
+    assert abs(terms["cohesion_loss"] - (1 - within)) < 1e-5 and abs(terms["coupling_loss"] - between) < 1e-5
+    objective(*(found := objective.prepare(modular.train(), positions())(positions()))[:1], labels, found[1])[0].backward()
+    assert all(p.grad is not None for generator in mask_generators(modular).values() for p in generator.parameters())
+
+
+@positioned
+@pytest.mark.parametrize("seed", [0, 1])
+def test_modules_of_positions_equal_the_masked_network(build, seed):
+    model = with_random_head(build()).eval()
+    modular = add_mask_generators(model, positions(), seed=seed).eval()
+    masks, classes = random_masks(maskable_sites(model, positions()), 4), [2, 0]
+    reuser = Reuser(modular, masks, positions())
+    with torch.no_grad():
+        for made, whole in ((reuser(classes), reuser.plain), (reuser.with_generators(classes), modular)):
+            expected = masked(whole, masks.keep(classes), positions())(positions())[:, sorted(classes)]
+            torch.testing.assert_close(made(positions()), expected, atol=1e-4, rtol=1e-4)
+    assert sum(p.numel() for p in reuser(classes).parameters()) < sum(p.numel() for p in model.parameters())
+
+
+def test_modules_of_a_transformer_are_what_its_generators_say():
+    torch.manual_seed(0)
+    split = Split(torch.randint(256, [20, 3, 16, 16], dtype=torch.uint8), torch.arange(20) % 2, ["a", "b"],
+                  mean=(0.5,) * 3, std=(0.25,) * 3, crop_padding=2, flip=True)
+    modular = add_mask_generators(small_transformer(), positions(), seed=0).eval()
+    used, (images, labels) = sample_masks(modular, split), next(batches(split, 20))
+    with torch.no_grad(): _, soft = observe_masks(modular)(images)
+    found = modularize(modular, split, 0.7, empty="none")
+    for site, mask in soft.items():
+        assert torch.equal(used[site], mask > 0)
+        rates = torch.stack([(mask > 0)[labels == c].float().mean(0) for c in range(2)])
+        assert torch.equal(found.masks[site], rates >= 0.7 - 1e-6)
+    plain = sample_masks(remove_mask_generators(modular), split)
+    assert {site: on.shape[1] for site, on in plain.items()} == found.sites, "units, not tokens"
+
+
+def test_a_branch_that_images_skip_in_training_stays_one():
+    model = small_convnext()
+    modular = add_mask_generators(model, positions(), seed=0)
+    twins = positions(1).expand(64, -1, -1, -1)
+    apart = lambda mode: (logits := modular.train(mode)(twins)).sub(logits[:1]).abs().amax().item()
+    with torch.random.fork_rng(), torch.no_grad():
+        nn.init.normal_(modular.get_submodule("classifier.2").weight)
+        torch.manual_seed(0)
+        assert apart(True) > 1e-3 and apart(False) < 1e-4
+
+
+def test_a_layer_that_computes_otherwise_in_training_is_named():
+    class Dropping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.up, self.down = nn.Linear(6, 9), nn.Linear(9, 6)
+
+        def forward(self, x): return self.down(F.dropout(self.up(x).relu(), 0.5, self.training))
+
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.patches, self.mlp, self.head = nn.Conv2d(3, 6, 4, stride=4), Dropping(), nn.Linear(6, 4)
+
+        def forward(self, x): return self.head(self.mlp(self.patches(x).flatten(2).transpose(1, 2)).mean(1))
+
+    with pytest.raises(ValueError, match="'mlp' .Dropping. computes 'dropout = .*True.*nn.Dropout"):
+        add_mask_generators(Outer(), positions())

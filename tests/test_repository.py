@@ -30,7 +30,7 @@ def cells(notebook: Path, kind: str | None = None) -> list[dict]:
 
 
 def python_source(cell: dict) -> ast.Module | None:
-    try: return ast.parse(re.sub(r"^\s*[%!].*$", "", cell["source"], flags=re.MULTILINE))
+    try: return ast.parse(re.sub(r"^[ \t]*[%!](?!=).*$", "", cell["source"], flags=re.MULTILINE))
     except SyntaxError: return None
 
 

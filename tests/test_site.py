@@ -80,11 +80,6 @@ def test_links():
     assert build.readme_links(f"[`extract`]({build.HOME}/extract.html#extract)") == "[`extract`](nbs/13_extract.ipynb)"
 
 
-def test_names_inside_links_stay():
-    text = "`compose` and [`compose`](16_compose.ipynb), ![`compose`](x.png)"
-    assert build.outside_links(text, str.upper) == "`COMPOSE` AND [`compose`](16_compose.ipynb), ![`compose`](x.png)"
-
-
 def test_callouts():
     assert build.convert_text("::: {.callout-note}\nText\n:::") == ":::{note}\nText\n:::"
     titled = ":::{admonition} Mind\n:class: warning\n\nText\n:::"
@@ -112,58 +107,6 @@ def test_headings_have_quartos_anchors():
     names = {"Split.subtask": "split.subtask", "load_dataset": "load_dataset", "MwT's losses": "mwts-losses",
              "2 classes, in short": "classes-in-short", "A picture": "a-picture"}
     assert {name: anchor(name) for name in names} == names
-
-
-# Definitions
-
-SOURCE = '''
-def measure(
-    masks: "Masks", # boolean `[C, K]`:
-                    # one row a class
-    first, second: int = 2, # how many
-    *,
-    mode: str = "all", # "all" | "one"
-) -> float: # fraction
-    "Count what is kept (MwT Eq. 4)."
-    # no part of the table
-    return 0.0
-
-@dataclass
-class Row:
-    "One line."
-
-    name: str # of the class
-    value: float = 0.5
-
-    @property
-    def long(self) -> bool: # beyond ten
-        "Whether the name is long."
-
-    def _own(self): "Not shown."
-'''
-
-
-def test_definitions_are_read_from_the_source():
-    from definitions import definitions
-
-    measure, row = definitions(SOURCE)
-    assert measure.signature == "measure(masks: Masks, first, second: int = 2, *, mode: str = 'all') -> float"
-    assert [(line.name, line.kind, line.default, line.meaning) for line in measure.lines] == [
-        ("masks", "Masks", "", "boolean `[C, K]`: one row a class"), ("first", "", "", ""),
-        ("second", "int", "2", "how many"), ("mode", "str", "'all'", '"all" | "one"'),
-        ("returns", "float", "", "fraction")]
-    assert row.signature == "class Row(name: str, value: float = 0.5)"
-    assert [method.signature for method in row.methods] == ["Row.long: bool"]
-
-
-def test_definitions_as_markdown():
-    from definitions import cell_markdown
-
-    text = cell_markdown(SOURCE, lambda name: f"there#{name}")
-    assert "| `mode` | `str` | `'all'` | \"all\" \\| \"one\" |" in text and "#### Row.long" in text
-    assert '<a class="to-source" href="there#measure">source</a> Count what is kept (MwT Eq. 4).' in text
-    assert cell_markdown("import os\nfrom a import b", str) == ""
-    assert cell_markdown("LIMIT = 3", str).startswith('<details class="code"><summary>Code of <code>LIMIT</code>')
 
 
 # Sidebar and Quarto
@@ -196,8 +139,9 @@ def test_page_names_are_nbdevs():
 
 
 KNOWN = {"project": {"type"}, "format": {"html"}, "metadata-files": None,
-         "website": {"twitter-card", "open-graph", "repo-actions", "navbar", "sidebar"}}
-KNOWN_HTML = {"theme", "toc", "html-math-method", "code-copy"}
+         "website": {"twitter-card", "open-graph", "repo-actions", "navbar", "sidebar", "favicon", "page-navigation",
+                     "bread-crumbs", "back-to-top-navigation", "search", "page-footer"}}
+KNOWN_HTML = {"theme", "toc", "toc-depth", "html-math-method", "code-copy", "code-overflow", "fig-format", "css"}
 
 
 def test_quarto_settings():

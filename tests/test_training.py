@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy
@@ -21,6 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import modnb.devices
 import modnb.files
+import modnb.training
 from modnb.checkpoints import History, load_checkpoint, read_checkpoint
 from modnb.data import ImageData, Split, batches, load_dataset
 from modnb.devices import training_precision
@@ -431,6 +433,37 @@ def test_a_run_stopped_by_an_error_goes_on(few, tmp_path, knobs, channels_last):
     undisturbed = train(whole, few, StopsIn(99, 4), **knobs | dict(checkpoint=None))
     assert same(resumed, whole) and without_time(history) == without_time(undisturbed)
     assert all(value.is_contiguous() for value in resumed.state_dict().values())
+
+
+@pytest.mark.parametrize("every", [1, 3])
+@pytest.mark.parametrize("accuracies", [[0.1, 0.9, 0.9, 0.2], [0.5, 0.4, 0.3, 0.2], [0.1, 0.2, 0.3, 0.4]], ids=str)
+def test_the_best_epoch_is_kept_also_by_a_run_that_goes_on(few, tmp_path, monkeypatch, accuracies, every):
+    "With made-up accuracies: the weights are those of a run that ends with the first of the best epochs"
+    best = accuracies.index(max(accuracies)) + 1
+    knobs, until = dict(checkpoint=tmp_path / "run.ckpt", checkpoint_every=every), make_net()
+    train(until, few, schedule="constant", epochs=best)
+    for keep, stops in ((False, 99), (True, 99), (True, 4)): # the last one is stopped behind its third epoch
+        for file in tmp_path.iterdir(): file.unlink()
+        shown = iter(accuracies)
+        monkeypatch.setattr(modnb.training, "evaluate", partial(lambda left, *_, **__: next(left), shown))
+        run = partial(train, data=few, schedule="constant", keep_best=keep, **knobs)
+        model = make_net()
+        if stops == 4:
+            with pytest.raises(RuntimeError, match="stopped"): run(model, objective=StopsIn(4, 4))
+            model = make_net(7)
+        run(model, objective=StopsIn(99, 4))
+        assert same(model, until) is (keep or best == 4), (keep, stops)
+
+
+def test_the_best_epoch_needs_images_to_choose_it_by(few, tmp_path):
+    without = ImageData(few.name, few.classes, few.train, few.valid.select([]), few.test)
+    for data, knobs in ((without, {}), (few, {"evaluate_every": 0})):
+        with pytest.raises(ValueError, match="keep_best=True chooses an epoch by validation images"):
+            train(make_net(), data, keep_best=True, **knobs)
+    train(make_net(), few, checkpoint=tmp_path / "run.ckpt", epochs=1)
+    assert "keep_best" not in read_checkpoint(tmp_path / "run.ckpt").run, "runs without it are named as before"
+    with pytest.raises(ValueError, match="keep_best"):
+        train(make_net(), few, checkpoint=tmp_path / "run.ckpt", keep_best=True)
 
 
 class Grows(CrossEntropy):

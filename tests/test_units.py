@@ -7,7 +7,7 @@ from torch import nn
 
 from modnb.compat import import_torchvision
 from modnb.models import create_model, list_models
-from modnb.units import KINDS, observe, trace, unit_axis, unit_sites
+from modnb.units import KINDS, observe, site_axes, trace, unit_axis, unit_sites
 
 IMAGE = torch.zeros(1, 3, 32, 32)
 
@@ -121,3 +121,20 @@ def test_unknown_sites_and_kinds():
     with pytest.raises(ValueError, match="no site 'conv1x'.*did you mean"): observe(model, ["conv1x"])
     with pytest.raises(ValueError, match="unknown kind of site 'kernel'; there are activation"):
         unit_sites(model, IMAGE, "kernel")
+
+
+def test_an_observer_with_an_example_puts_units_into_dimension_1():
+    tokens = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.Flatten(2), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(inplace=True))
+    x = torch.randn(2, 3, 32, 32)
+    assert site_axes(tokens, ["0", "3", "4"], x) == {"0": 1, "3": 2, "4": 2}
+    _, seen = observe(tokens, ["0", "3", "4"], x)(x)
+    assert torch.equal(seen["0"], tokens[0](x)) and torch.equal(seen["3"], tokens[:4](x).transpose(1, 2))
+    assert torch.equal(seen["4"], tokens[:5](x).transpose(1, 2)) and seen["4"].min() < 0, "before it is overwritten"
+    assert unit_sites(tokens, x, "pointwise") == {"2": 6}, "the last layer gives the outputs"
+    with pytest.raises(ValueError, match="no site 'nothing'"): observe(tokens, ["nothing"], x)
+    with pytest.raises(ValueError, match="'size' cannot be looked at image by image: for 2 images it gives no tensor"):
+        site_axes(Sized(), ["size"], x)
+
+
+class Sized(nn.Module):
+    def forward(self, x): return x * x.size(2)

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['KEEPS_ZERO', 'ZERO_NAMES', 'LONG', 'WAYS', 'fold_norms', 'keeps_zero', 'apply_mask', 'apply_another', 'repeat_for',
-           'behind_masks', 'with_masks', 'multiply_adds', 'is_long', 'own_logits', 'ModuleRunner', 'composed_logits']
+           'behind_masks', 'with_masks', 'multiply_adds', 'is_long', 'own_logits', 'rows_at_once', 'ModuleRunner',
+           'composed_logits']
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #0cedad72
 import copy
@@ -152,6 +153,14 @@ def own_logits(
     apart = logits.unflatten(0, (len(classes), -1))
     return apart.gather(2, classes[:, None, None].expand(-1, apart.shape[1], 1))[:, :, 0]
 
+# %% ../../nbs/cnnsplitter/01_outputs.ipynb #5ff91a7b
+def rows_at_once(
+    device: torch.device,
+    side: int, # of the images, pixels
+) -> int: # images times modules
+    "Say how much goes through a network at once."
+    return 256 if device.type == "cpu" else max(1, min(16384, 16384 * 32**2 // side**2))
+
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #d8e0f4a3
 WAYS = ("auto", "masked", "extracted")
 
@@ -164,7 +173,7 @@ class ModuleRunner:
         split: Split, # images
         sites: dict[str, int], # convolutions with masks -> kernels, in order of execution
         how: str = "auto", # "masked", "extracted", or "auto": what is faster, see `is_long`
-        rows: int | None = None, # images times modules that go through the network at once; None: 256, on a GPU 16,384
+        rows: int | None = None, # images times modules that go through the network at once; None: see `rows_at_once`
         precision: str = "float32", # of the arithmetic, one of `PRECISIONS`
     ):
         choose(how, WAYS, "way to run modules")
@@ -172,7 +181,7 @@ class ModuleRunner:
         check_images(split)
         check_number("rows", 1 if rows is None else rows, 1, whole=True)
         self.sites, self.device = dict(sites), home_of(model, split.device)
-        self.rows = rows or (256 if self.device.type == "cpu" else 16384)
+        self.rows = rows or rows_at_once(self.device, split.images.shape[-1])
         split = split.to(self.device)
         example = next(batches(split, 2))[0].to(self.dtype)
         network = fold_norms(model).to(self.dtype, memory_format=torch.channels_last)

@@ -4,14 +4,13 @@
 
 # %% auto #0
 __all__ = ['Frame', 'TABLES', 'FIGURES', 'Condition', 'CAVEATS', 'PRINTED', 'HEADING', 'COLUMNS', 'DESCRIBING', 'CORRECTED',
-           'RECIPES', 'ASKED', 'PLACE', 'TOLERANCE', 'MEASURED', 'CELL', 'bootstrap_interval', 'table_text',
-           'read_caveats', 'concerns', 'caveats_of', 'read_heading', 'line_label', 'subject', 'read_number',
-           'read_published', 'published_tables', 'settings_for', 'loss_weights', 'recipe', 'is_accepted',
-           'what_differs', 'follow', 'saved_by_compactness', 'weights_used', 'follow_rows', 'check_rows',
-           'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'set_apart', 'one_alike',
-           'groups_for', 'check_tolerances', 'printed_part', 'measured', 'like_for_like', 'belong_elsewhere',
-           'lines_for', 'beside', 'side_by_side', 'notes_for', 'line_text', 'beside_text', 'without_scale',
-           'published_cell', 'figure_cells', 'coverage']
+           'RECIPES', 'ASKED', 'TOLERANCE', 'MEASURED', 'CELL', 'bootstrap_interval', 'table_text', 'read_caveats',
+           'concerns', 'caveats_of', 'read_heading', 'line_label', 'subject', 'read_number', 'read_published',
+           'published_tables', 'settings_for', 'loss_weights', 'recipe', 'is_accepted', 'what_differs', 'weights_used',
+           'check_rows', 'prepare_rows', 'all_subtasks_rows', 'rows_for', 'missing_subtasks', 'asked', 'set_apart',
+           'one_alike', 'groups_for', 'check_tolerances', 'printed_part', 'measured', 'like_for_like',
+           'belong_elsewhere', 'lines_for', 'beside', 'side_by_side', 'notes_for', 'line_text', 'beside_text',
+           'without_scale', 'published_cell', 'figure_cells', 'coverage']
 
 # %% ../../nbs/lab/06_published.ipynb #da0f1782
 import csv
@@ -26,8 +25,9 @@ from typing import Any
 
 from ..checks import did_you_mean
 from .matrix import MEASURES, decided, decides, facts
-from .results import FIELDS, METRICS, count_classes, counted_once, decided_texts, number_text
-from .running import canonical
+from modnb.lab.results import (
+    FIELDS, METRICS, count_classes, counted_once, decided_texts, difference_rows, number_text,
+)
 
 # %% ../../nbs/lab/06_published.ipynb #77fbcb7e
 Frame = Any # stands for pandas.DataFrame in annotations: pandas is imported only where it is used
@@ -267,65 +267,14 @@ def what_differs(
     timed = number["unit"] == "seconds"
     return found + [f"{row['hardware']} instead of {gpu}"] * (timed and (not gpu or gpu not in row["hardware"]))
 
-# %% ../../nbs/lab/06_published.ipynb #56c4862c
-PLACE = ["model", "dataset", "seed", "classes"] # what two rows have to share to be set against each other
-
-
-def follow(
-    rows: Frame, # one metric of one system
-    others: Frame, # what they are set against
-    on: Sequence[str], # columns that both have in common
-    metric: str, # that follows
-    compute: Callable[[Any, Any], Any], # of the values of both
-) -> Frame: # rows of the metric, with the settings of `rows`; without those that have no partner
-    "Compute numbers from pairs of rows."
-    partners = others.drop_duplicates(list(on))[[*on, "value"]].rename(columns={"value": "other"})
-    found = rows.merge(partners, on=list(on))
-    return found.assign(metric=metric, unit=METRICS[metric][0], value=compute(found["value"], found["other"])).drop(columns="other")
-
-# %% ../../nbs/lab/06_published.ipynb #558627c0
-def saved_by_compactness(
-    rows: Frame, # from `read_rows`, of MODA
-) -> list[Frame]: # module_size_saving, overlap_saving
-    "Set modules against those of the same training without MODA's third loss (MODA Tab. 3)."
-    found = []
-    for metric in ("module_size", "overlap"):
-        own = rows[(rows["metric"] == metric) & (rows["classes"] == "all")]
-        known = own["config"].map({text: json.loads(text) for text in own["config"].unique()})
-        without = known.map(lambda config: config.get("compactness") == 0).astype(bool)
-        rest = known.map(lambda config, metric=metric: canonical(decided(metric, config | {"compactness": 0})))
-        own = own.assign(rest=rest)
-        found.append(follow(own[~without], own[without], [*PLACE, "rest"], f"{metric}_saving", lambda a, b: 1 - a / b))
-    return [each.drop(columns="rest") for each in found]
-
-
+# %% ../../nbs/lab/06_published.ipynb #82dee4ad
 def weights_used(
-    rows: Frame, # from `read_rows`, of MwT
-) -> list[Frame]: # cohesion_weight, coupling_weight
-    "Read the weights of the losses out of the settings (MwT Tab. 1)."
-    own = rows[(rows["metric"] == "accuracy") & (rows["classes"] == "all")]
-    return [own.assign(metric=metric, unit="ratio", value=[json.loads(text).get(name) for text in own["config"]], split="")
-            for metric, name in (("cohesion_weight", "w_cohesion"), ("coupling_weight", "w_coupling"))]
-
-# %% ../../nbs/lab/06_published.ipynb #47008818
-def follow_rows(
-    rows: Frame, # from `read_rows`, each number once
-) -> Frame: # rows of metrics that nobody measures: losses, savings, shares, times up to the best generation, weights
-    "Compute what follows from other rows."
-    import pandas
-
-    some = lambda system, *metrics: rows[(rows["system"] == system) & rows["metric"].isin(metrics)]
-    plain, lacks = some("plain", "accuracy"), lambda ours, theirs: 100 * (theirs - ours)
-    near, same = ["study", *PLACE], ["run", "config_hash", *PLACE]
-    search = some("cnnsplitter", "generations", "generation_time", "module_multiply_adds", "multiply_adds")
-    of = lambda metric: search[search["metric"] == metric]
-    spent = follow(of("generation_time"), of("generations"), same, "modularizing_time", lambda a, b: a * b)
-    return pandas.concat([
-        follow(some("mwt", "tuned_accuracy"), plain, near, "tuned_loss", lacks),
-        follow(some("mwt", "accuracy"), plain, near, "accuracy_loss", lacks),
-        follow(of("module_multiply_adds"), of("multiply_adds"), same, "module_flops", lambda a, b: a / b),
-        spent, follow(spent, some("plain", "training_time"), ["run", *PLACE], "total_time", lambda a, b: a + b),
-        *saved_by_compactness(rows[rows["system"] == "moda"]), *weights_used(rows[rows["system"] == "mwt"])], ignore_index=True)
+    rows: Frame, # from `read_rows`, of any systems
+) -> list[Frame]: # rows of cohesion_weight and of coupling_weight, one for each network of MwT
+    "Read the weights of MwT's losses out of the settings (MwT Tab. 1)."
+    own = rows[(rows["system"] == "mwt") & (rows["metric"] == "accuracy") & (rows["classes"] == "all")]
+    return [own.assign(metric=metric, unit="ratio", split="", value=[json.loads(text).get(name) for text in own["config"]])
+            for metric, name in (("cohesion_weight", "w_cohesion"), ("coupling_weight", "w_coupling")) if len(own)]
 
 # %% ../../nbs/lab/06_published.ipynb #bed3d25d
 def check_rows(
@@ -352,7 +301,7 @@ def prepare_rows(
     check_rows(rows)
     learned = rows["metric"].astype(str).str.contains("accuracy|precision|recall|_f1$") & (rows["split"] != "test")
     kept = counted_once(rows[rows["value"].notna() & (rows["split"] != "valid") & ~learned])
-    kept = pandas.concat([kept, follow_rows(kept)], ignore_index=True)
+    kept = pandas.concat([kept, difference_rows(kept), *weights_used(kept)], ignore_index=True)
     known = {text: json.loads(text) for text in kept["config"].unique()}
     kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known), decided=decided_texts(kept))
     return dict(list(kept.groupby(["system", "metric"])))
@@ -599,11 +548,9 @@ CELL = ("table", "line", "system", "metric", "filled", "due", "study", "stage", 
 def without_scale(
     differs: str, # from `groups_for`
 ) -> str: # what is left; empty: as the recipe has it
-    "Leave out differences that only say how small a run is."
-    small = [f"{name} " for name in RECIPES["scale"]]
-    parts = differs.split(", ") if differs else []
-    return ", ".join(part for part in parts if not part.startswith(tuple(small)) and " sub-tasks instead of " not in part
-                     and not (" instead of A100" in part or " instead of V100" in part))
+    "Leave out the differences that a rehearsal is bound to have."
+    bound = (" sub-tasks instead of ", *(f" instead of {gpu}" for gpu in RECIPES["gpus"].values()))
+    return ", ".join(part for part in differs.split(", ") if part and not any(text in part for text in bound))
 
 # %% ../../nbs/lab/06_published.ipynb #6cb693f6
 def published_cell(
@@ -619,19 +566,22 @@ def published_cell(
     nearest = min((text for _, text in groups), key=lambda text: text.count(", "), default="")
     reason = "an average of other lines" if average else nearest or f"no row of {number['system']} {number['metric']}"
     found = fits[0]["metric"].iloc[0] if fits else number["metric"]
+    stages = fits[0]["stage"].unique() if fits and "stage" in fits[0] else MEASURES[found].get("from", ["other rows"])
     return {"table": table, "line": number["line"], "system": number["system"], "metric": number["metric"],
             "filled": bool(fits), "due": not average, "reason": "" if fits else reason,
             "study": ", ".join(dict.fromkeys(name for group in fits for name in group["study"])),
-            "stage": " or ".join(MEASURES[found].get("from", {"other rows": []}))}
+            "stage": " or ".join(stages)}
 
-# %% ../../nbs/lab/06_published.ipynb #bb626d4b
+# %% ../../nbs/lab/06_published.ipynb #05ef22a2
 def figure_cells(
     name: str, # one of `FIGURES`
     rows: Frame, # from `read_rows`
     histories: Mapping[str, Sequence[Mapping[str, float]]], # run -> a row for each epoch
+    rehearsed: bool = False, # as for `coverage`: not all values of what is varied have to be there
 ) -> Iterator[dict[str, Any]]: # columns `CELL`
     "Say for each curve of a published figure whether rows or histories to draw it are there."
     figure, settings, drawn = FIGURES[name], {text: json.loads(text) for text in rows["config"].unique()}, {}
+    varied = {} if rehearsed else figure.get("values", {})
     for run, history in histories.items():
         for column in history[-1] if history else (): drawn.setdefault(column, set()).add(run)
     for system in figure["of"]["system"]:
@@ -640,19 +590,18 @@ def figure_cells(
         for curve in (*figure.get("metrics", ()), *figure.get("histories", ())):
             if curve in METRICS: part, stage = own[own["metric"] == curve], " or ".join(MEASURES[curve].get("from", ()))
             else: part, stage = own[own["run"].isin(drawn.get(curve, ()))], "train"
-            found = {setting: {settings[text].get(setting) for text in part["config"].unique()}
-                     for setting in figure.get("values", {})}
-            lacks = [f"{setting} {value}" for setting, values in figure.get("values", {}).items() for value in values
+            found = {setting: {settings[text].get(setting) for text in part["config"].unique()} for setting in varied}
+            lacks = [f"{setting} {value}" for setting, values in varied.items() for value in values
                      if value not in found[setting]]
             reason = f"no {curve} of {system}" if not len(part) else f"nothing at {', '.join(lacks)}" if lacks else ""
             yield {"table": name, "line": ", ".join(figure["of"]["model"] + figure["of"]["dataset"]), "system": system,
                    "metric": curve, "filled": not reason, "due": True, "study": ", ".join(dict.fromkeys(part["study"])),
                    "stage": stage, "reason": reason}
 
-# %% ../../nbs/lab/06_published.ipynb #8098d1d9
+# %% ../../nbs/lab/06_published.ipynb #eba97ce9
 def coverage(
-    rows: Frame, # from `read_rows`, of any number of studies
-    rehearsed: bool = False, # whether rows are those of a rehearsal: how large things are makes no difference
+    rows: Frame, # from `read_rows`, of any number of studies, perhaps with the column `stage`
+    rehearsed: bool = False, # whether rows are those of a rehearsal, with the settings of the study
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
 ) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, stage: who measures it
     "Say for each published number and figure whether rows of its recipe are there, and where not, why."
@@ -663,5 +612,5 @@ def coverage(
         for place, part in frame.groupby(["model", "dataset"]): places.setdefault(place, {})[key] = part
     cells = [published_cell(table, number, places.get((number["model"], number["dataset"]), {}), rehearsed)
              for table in TABLES for number in read_published(table).to_dict("records") if number["reading"] != "superseded"]
-    curves = [cell for name in FIGURES for cell in figure_cells(name, rows, histories or {})]
+    curves = [cell for name in FIGURES for cell in figure_cells(name, rows, histories or {}, rehearsed)]
     return pandas.DataFrame(cells + curves, columns=list(CELL))

@@ -4,21 +4,24 @@
 
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
-           'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git', 'code_version', 'describe_run',
-           'class_set', 'count_classes', 'make_rows', 'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_rows',
-           'read_study', 'kept_rows', 'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'decided_texts',
-           'say_less', 'contradictions', 'refuse_mixed', 'refuse_disagreement', 'say_most', 'counted_once',
-           'with_settings', 'swept_rows', 'run_means', 'summarise', 'change_rows', 'number_text', 'spread_text',
-           'compare', 'markdown_table', 'compare_systems']
+           'REHEARSING', 'REHEARSED', 'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git',
+           'code_version', 'only_rehearsed', 'describe_run', 'class_set', 'count_classes', 'make_rows', 'check_row',
+           'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'kept_rows', 'stage_layers',
+           'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions', 'refuse_mixed',
+           'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise',
+           'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text', 'compare', 'markdown_table',
+           'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
 import json
 import math
+import os
 import platform
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +97,7 @@ def git(
     except (OSError, subprocess.SubprocessError): return ""
 
 # %% ../../nbs/lab/03_results.ipynb #f2ab11d3
+@cache
 def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     "Name the version of the code that is running."
     tracked = git("ls-files", "--error-unmatch", "__init__.py")
@@ -102,6 +106,16 @@ def code_version() -> str: # e.g. 0.1.0, or 0.1.0+g1a2b3c4.dirty from a checkout
     return f"{modnb.__version__}+g{commit}{'.dirty' if git('status', '--porcelain', '--untracked-files=no') else ''}"
 
 # %% ../../nbs/lab/03_results.ipynb #d2334438
+REHEARSING = "MODNB_REHEARSAL" # environment variable, set in the processes of a rehearsal
+REHEARSED = "stand-in images on " # what the hardware of its rows begins with
+
+def only_rehearsed(
+    hardware: Any, # the column of a row
+) -> bool:
+    "Tell whether something was made on stand-in images, and this process is of no rehearsal."
+    return str(hardware).startswith(REHEARSED) and REHEARSING not in os.environ
+
+
 def describe_run(
     study: str, # the runs that belong together
     system: str, # e.g. "plain", "moda"
@@ -116,7 +130,8 @@ def describe_run(
     return {
         "run": run or f"{study}/{system}-{model}-{dataset}-{config_hash(config)}-seed{seed}",
         "study": study, "system": system, "model": model, "dataset": dataset, "seed": seed,
-        "hardware": hardware_name(device), "code_version": code_version(), "torch": torch.__version__,
+        "hardware": REHEARSED * (REHEARSING in os.environ) + hardware_name(device),
+        "code_version": code_version(), "torch": torch.__version__,
         "config": canonical(config), "config_hash": config_hash(config),
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
     }
@@ -165,6 +180,8 @@ def check_row(
 
     for field in FIELDS.keys() - row.keys(): refuse(field, "is missing")
     for field in row.keys() - FIELDS.keys(): refuse(field, f"is unknown; a row has {', '.join(FIELDS)}")
+    if only_rehearsed(row["hardware"]):
+        refuse("hardware", "says that the images were stand-ins: rows of a rehearsal are no results")
     for field, (kind, _) in FIELDS.items():
         value = row[field]
         empty = value is None or value == "" or value != value
@@ -494,6 +511,44 @@ def change_rows(
     names = found["metric"].str.replace("_accuracy", "_change")
     return found.assign(metric=names, value=100 * (found["value"] - found["whole"]),
                         unit="percentage points").drop(columns="whole")
+
+# %% ../../nbs/lab/03_results.ipynb #a1d97e90
+def paired_rows(
+    rows: Frame, # of one metric
+    others: Frame, # of one metric, of the networks beside which they stand
+    metric: str, # whose deciding settings have to be the same
+    apart: Sequence[str] = (), # settings that may differ
+) -> Frame: # rows that have a counterpart, with its value as `other`
+    "Find the same model, images, seed and classes in other rows, made with the same settings as far as both record them."
+    place = ["model", "dataset", "seed", "classes", "split"]
+    pairs = rows.merge(others[[*place, "config", "value"]], on=place, suffixes=("", "_other"))
+    told = {text: decided(metric, json.loads(text)) for text in {*pairs["config"], *pairs["config_other"]}}
+    names = lambda own, its: (told[own].keys() & told[its].keys()) - {*apart}
+    alike = {(own, its): all(told[own][name] == told[its][name] for name in names(own, its))
+             for own, its in set(zip(pairs["config"], pairs["config_other"], strict=True))}
+    fits = [number for number, pair in enumerate(zip(pairs["config"], pairs["config_other"], strict=True)) if alike[pair]]
+    found = pairs.iloc[fits].drop_duplicates(["run", "study", "config", "classes", "split"])
+    return found.drop(columns="config_other").rename(columns={"value_other": "other"})
+
+# %% ../../nbs/lab/03_results.ipynb #992eeec2
+def difference_rows(
+    rows: Frame, # from `read_rows`, of any number of studies
+) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, as far as rows give them
+    "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
+    import pandas
+
+    of = {system: rows[rows["system"] == system] for system in ("plain", "mwt", "moda")}
+    whole, found = of["plain"][of["plain"]["metric"] == "accuracy"], [rows.iloc[:0]]
+    for metric, name in (("tuned_accuracy", "tuned_loss"), ("accuracy", "accuracy_loss")):
+        pairs = paired_rows(of["mwt"][of["mwt"]["metric"] == metric], whole, "accuracy")
+        found.append(pairs.assign(metric=name, value=100 * (pairs["other"] - pairs["value"]), unit="percentage points"))
+    without = of["moda"]["config"].map(lambda text: json.loads(text).get("compactness") == 0).astype(bool)
+    for metric, name in (("module_size", "module_size_saving"), ("overlap", "overlap_saving")):
+        with_it, left_out = (part[part["metric"] == metric] for part in (of["moda"][~without], of["moda"][without]))
+        pairs = paired_rows(with_it, left_out, metric, ["compactness"])
+        found.append(pairs.assign(metric=name, value=1 - pairs["value"] / pairs["other"]))
+    there = [frame.drop(columns="other", errors="ignore") for frame in found if len(frame)]
+    return pandas.concat(there, ignore_index=True) if there else rows.iloc[:0]
 
 # %% ../../nbs/lab/03_results.ipynb #19cc7998
 def number_text(

@@ -19,10 +19,10 @@ from ..units import observe, unit_sites
 
 # %% ../../nbs/moda/01_decompose.ipynb #b3251963
 def active_units(
-    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
+    activation: Tensor, # [B, K, ...], units in dimension 1: maps, sequences or neurons
 ) -> Tensor: # [B, K], bool
     "Tell which units are not zero everywhere; ValueError for other shapes (MODA Sec. 3.2)."
-    return unit_activations(activation) != 0
+    return unit_activations(activation, axis=1) != 0
 
 # %% ../../nbs/moda/01_decompose.ipynb #0acc8a12
 def activation_rates(
@@ -39,7 +39,8 @@ def activation_rates(
     sizes = images_per_class(split)
     if example is None: example, _ = next(batches(split, 2))
     with evaluating(model), full_precision(split.device):
-        network, counts = observe(model, unit_sites(model, example) if sites is None else sites), {}
+        sites = list(unit_sites(model, example) if sites is None else sites)
+        network, counts = observe(model, sites, example), {}
         for images, labels in batches(split, batch_size, augment=augment, generator=generator):
             classes, (_, observed) = one_hot(labels, len(sizes)), network(images)
             active = [active_units(activation) for activation in observed.values()]
@@ -62,4 +63,4 @@ def decompose(
 ) -> ModuleMasks: # a module for each class, on the CPU
     "Find the units that each class needs; ValueError for bad arguments and classes without images (MODA Eq. 9)."
     rates = activation_rates(model, split, sites, example, batch_size, augment, generator)
-    return threshold_masks(rates, split.classes, keep_threshold, empty)
+    return threshold_masks(rates, split.classes, keep_threshold, empty).of(model)

@@ -7,7 +7,7 @@ __all__ = ['FORMS', 'unit_activations', 'affinity_loss', 'dispersion_loss', 'ima
            'pass_activation', 'observe_activations', 'MODA']
 
 # %% ../../nbs/moda/00_losses.ipynb #2aa9c8d3
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -17,20 +17,24 @@ from ..devices import full_precision, one_hot
 from ..maps import with_means
 from ..objectives import WeightedTerms
 from ..similarity import AVERAGES, check_rows, cosine_losses, inverse, join_rows
-from ..units import function_name, layer_of, observe, tap, trace, unit_sites
+from ..units import function_name, layer_of, observe, site_axes, tap, trace, unit_sites
 
 # %% ../../nbs/moda/00_losses.ipynb #21361f30
 def unit_activations(
-    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
+    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons; others with `axis`
     signed: bool = True, # False: no entry is negative, as behind a ReLU, which saves half of the work
+    axis: int | None = None, # dimension of the units, such as 2 in a sequence [B, N, K]; None: 1
 ) -> Tensor: # [B, K]; float32 where maps are in half precision
     "Reduce a layer's output to one number for each unit; ValueError for other shapes (MODA Eq. 8)."
     if activation.ndim == 2: return activation
-    if activation.ndim != 4:
-        raise ValueError(f"an activation must be maps [B, K, H, W] or neurons [B, K], not {list(activation.shape)}")
-    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
-    if not signed: return with_means(activation, dtype)[1]
-    return torch.linalg.vector_norm(activation, 1, (2, 3), dtype=dtype) / activation.shape[2:].numel()
+    if activation.ndim < 2 or axis is None and activation.ndim != 4:
+        raise ValueError(f"an activation must be maps [B, K, H, W] or neurons [B, K], not {list(activation.shape)}; "
+                         "for a sequence [B, N, K] say axis=2, see modnb.units.site_axes")
+    maps = activation if axis in (None, 1) else activation.movedim(axis, 1)
+    dtype = torch.float64 if maps.dtype == torch.float64 else torch.float32
+    if not signed: return with_means(maps, dtype)[1]
+    return torch.linalg.vector_norm(maps, 1, (*range(2, maps.ndim),), dtype=dtype) / maps.shape[2:].numel()
+
 
 # %% ../../nbs/moda/00_losses.ipynb #fb2580d4
 def affinity_loss(
@@ -94,18 +98,24 @@ def unsigned_sites(
 
 # %% ../../nbs/moda/00_losses.ipynb #42857a05
 def pass_activation(
-    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons
+    activation: Tensor, # [B, K, H, W] maps or [B, K] neurons; others with `axis`
     signed: bool = True, # False: no entry is negative
+    axis: int = 1, # dimension of the units
 ) -> tuple[Tensor, Tensor]: # the activation, for those who read it, and its rows [B, K]
     "Pass an activation on with `unit_activations` beside it."
-    if signed or activation.ndim != 4: return activation, unit_activations(activation, signed)
-    return with_means(activation, torch.float64 if activation.dtype == torch.float64 else torch.float32)
+    if signed or activation.ndim == 2: return activation, unit_activations(activation, signed, axis)
+    dtype = torch.float64 if activation.dtype == torch.float64 else torch.float32
+    if axis == 1: return with_means(activation, dtype)
+    passed, rows = with_means(activation.movedim(axis, 1), dtype)
+    return passed.movedim(1, axis), rows
+
 
 # %% ../../nbs/moda/00_losses.ipynb #8c91f9e5
 def observe_activations(
     model: nn.Module, # traced in its current train or eval mode
     sites: Iterable[str], # names from `unit_sites`
     unsigned: Iterable[str] = (), # those among them without negative entries, from `unsigned_sites`
+    axes: Mapping[str, int] | None = None, # site -> dimension of its units, from `site_axes`; None: 1 everywhere
 ) -> fx.GraphModule: # `forward(x)` returns `(logits, {site: [B, K]})`; shares all parameters with `model`
     "A view of the model that also returns one number for each unit and image (MODA Eq. 8)."
     watched = observe(model, sites)
@@ -113,11 +123,12 @@ def observe_activations(
     logits, seen = output.args[0]
     rows, graph = {}, watched.graph
     for site, node in seen.items():
-        rows[site] = tap(graph, node, pass_activation, site not in unsigned)
+        rows[site] = tap(graph, node, pass_activation, site not in unsigned, 1 if axes is None else axes[site])
     output.args = ((logits, rows),)
     watched.graph.lint()
     watched.recompile()
     return watched
+
 
 # %% ../../nbs/moda/00_losses.ipynb #3aed5bec
 class MODA(WeightedTerms):
@@ -157,7 +168,7 @@ class MODA(WeightedTerms):
         sites = list(unit_sites(model, example)) if self.sites is None else self.sites
         if not sites: raise ValueError("this network has no activation function before its output: nothing to look at")
         self._unsigned = unsigned_sites(model, example)
-        return observe_activations(model, sites, self._unsigned)
+        return observe_activations(model, sites, self._unsigned, site_axes(model, sites, example))
 
     def __call__(
         self,

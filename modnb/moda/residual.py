@@ -19,7 +19,7 @@ from ..masks import ModuleMasks, threshold_masks
 from ..prediction import evaluate, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
-from ..units import find_sites, function_name, kind_of_sites, mixes, trace, unit_axis, unit_sites
+from ..units import find_sites, function_name, kind_of_sites, mixes, site_axes, trace, unit_axis, unit_sites
 
 # %% ../../nbs/moda/03_residual.ipynb #9dc67e68
 class Gated(fx.Interpreter):
@@ -66,7 +66,8 @@ def contributions(
         traced = trace(model, example)
         sites = list(unit_sites(model, example) if sites is None else sites)
         nodes = find_sites({node.meta["site"]: node for node in traced.graph.nodes}, sites)
-        widths = {site: node.meta["shape"][unit_axis(node)] for site, node in zip(sites, nodes)}
+        axes = site_axes(model, sites, example)
+        widths = {site: node.meta["shape"][axes[site]] for site, node in zip(sites, nodes)}
         found = {site: torch.zeros(len(sizes), width, device=split.device) for site, width in widths.items()}
         for images, labels in batches(split, batch_size):
             gates = {site: torch.ones(len(images), width, device=split.device, requires_grad=True)

@@ -26,7 +26,7 @@ from ..units import observe
 
 # %% ../../nbs/mwt/02_modularize.ipynb #18e60d96
 def used_kernels(
-    observed: Tensor, # soft masks [B, K] or maps [B, K, H, W]
+    observed: Tensor, # soft masks [B, K], or [B, K, ...]: maps or sequences, units in dimension 1
 ) -> Tensor: # [B, K], bool
     "Tell which kernels an image uses: their mask, or some pixel of their map, is positive (MwT Sec. 3.2.1, 4.2)."
     return observed > 0 if observed.ndim == 2 else observed.flatten(2).amax(2) > 0
@@ -37,7 +37,7 @@ def observe_use(
     example: Tensor, # [B, C, H, W], only its shape matters
 ) -> nn.Module: # `forward(x)` returns (logits, {site: soft mask [B, K] or map [B, K, H, W]}), the same sites for both
     "Make visible which kernels a model uses; ValueError for networks without convolutions to mask (MwT Sec. 4.2)."
-    return observe_masks(model) if mask_generators(model) else observe(model, maskable_sites(model, example))
+    return observe_masks(model) if mask_generators(model) else observe(model, maskable_sites(model, example), example)
 
 # %% ../../nbs/mwt/02_modularize.ipynb #8393b514
 def passes(
