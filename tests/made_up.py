@@ -2,14 +2,17 @@
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pandas
 
+from modnb.cnnsplitter.search import RELEASED, published_rules
+from modnb.cnnsplitter.sensitivity import PUBLISHED
+from modnb.lab import results
 from modnb.lab.matrix import ABOUT_METRICS, MEASURES, Cell, decided, read_matrix, stage_notebook, study_cells
 from modnb.lab.results import class_set, make_rows
-from modnb.lab import results
 from modnb.lab.running import canonical, config_hash, notebook_parameters
 from modnb.subtasks import all_subtasks, draw_sizes, sample_subtasks
 
@@ -52,6 +55,23 @@ def recorded(notebook: str, settings: dict) -> dict:
 def own_rule(config: dict, system: str) -> dict:
     "The rule for empty layers under its name"
     return {"empty": {"mwt": "relax"}.get(system, "top_share")} if config.get("empty") == "own" else {}
+
+
+def searched(settings: dict, run: dict) -> dict:
+    "What rows of a search record: what was done, not what was left open"
+    known, five = recorded("cnnsplitter_search", settings), json.loads(run["config"])["only_classes"]
+    name = known.pop("configuration")
+    own = f"{run['model']}-{run['dataset']}{'5' if five else ''}" if name == "published" else name
+    rules = asdict(published_rules(own) if own else RELEASED)
+    names = {"population": "individuals"} | {name: name for name in ("parents", "elites", "fewest", "most", "mutation_rate",
+                                                                     "initial_bias", "accuracy_weight", "accuracy_goal")}
+    decided = {setting: rules[name] for setting, name in names.items() if known[setting] is None}
+    for name in ("keep_sensitive", "keep_insensitive"):
+        decided |= {} if known[name] else {name: ",".join(f"{share:g}" for share in rules[name])}
+    pairs = ",".join(f"{size}:{share:g}" for size, share in rules["thresholds"])
+    decided |= {"combination_thresholds": known["combination_thresholds"] or pairs,
+                "sensitive_layers": ",".join(map(str, PUBLISHED[own]["sensitive"])) if own else "by the rule"}
+    return known | decided
 
 
 def rows_about(run: dict, notebook: str, sets: dict) -> list[dict]:
@@ -147,7 +167,8 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
     known, given = recorded(notebook, settings), parameters(notebook) | settings
     known |= own_rule(known, run["system"])
     if notebook == "cnnsplitter_patch":
-        return patch_rows(run, recorded("cnnsplitter_search", cell.stages[cell.after[stage][0]]), settings)
+        return patch_rows(run, searched(cell.stages[cell.after[stage][0]], run), settings)
+    if notebook == "cnnsplitter_search": known = searched(settings, run)
     if notebook == "moda_subtasks":
         sets = {"all": [None], "counted": count_subtasks(len(names), given["confidence"], given["margin"])}
         return rows_about(describe(run, known), notebook, sets)
