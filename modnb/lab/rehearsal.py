@@ -361,8 +361,8 @@ def cells_text(
               for column in ("study", "stage")]
         lines.append(f"{table:20} {len(filled):4} of {len(part):4}  {'; '.join(map(', '.join, by))}")
         for (due, system, metric, reason), some in empty.groupby(same, sort=False):
-            where = "; ".join(dict.fromkeys(some["line"]))
-            lines.append(f"    {'EMPTY' if due else 'no'} {len(some)} {system} {metric}: {reason} ({shorten(where, 200)})")
+            where = shorten("; ".join(dict.fromkeys(some["line"])), 200)
+            lines.append(f"    {'EMPTY' if due else 'no'} {len(some)} {system} {metric}: {reason} ({where})")
     return "\n".join(lines)
 
 
