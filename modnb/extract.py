@@ -152,7 +152,7 @@ class Extracted(fx.GraphModule):
         new = super().__deepcopy__(memo) # which forgets what torch.fx does not know
         type(new).__name__ = type(self).__name__
         new._non_persistent_buffers_set = {*self._non_persistent_buffers_set}
-        for name in {"classes", "keep", "recipe"} & vars(self).keys():
+        for name in {"classes", "keep", "preparation", "recipe"} & vars(self).keys():
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         return new
 
