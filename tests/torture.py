@@ -1,9 +1,9 @@
 """Kill what runs for long, at random moments, and let it go on: `make torture`, or `python tests/torture.py --help`.
 
-Each task runs once undisturbed. Then it is started again and again in a folder of its own and killed, by SIGKILL (as by a
-lack of memory) or SIGTERM (as by a scheduler), between one and three times, before it may come to its end. What it ends with
-has to be the same to the last bit, whatever it left in between has to be readable, and nothing else may lie in its folder.
-The moments come from a seed; what they hit is up to the machine.
+Each task runs once undisturbed. Then it is started again and again in a folder of its own and killed, by SIGKILL (as
+by a lack of memory) or SIGTERM (as by a scheduler), between one and three times, before it may come to its end. What it
+ends with has to be the same to the last bit, what it left in between has to be readable, and nothing else may lie in
+its folder. The moments come from a seed; what they hit is up to the machine.
 
 Children are forked, so that nothing is imported again: a hundred kills take a minute or two on one processor."""
 
@@ -39,6 +39,7 @@ from modnb.subtasks import all_subtasks
 from modnb.training import fit
 from modnb.walk import evaluate_subtasks
 
+COLUMNS = ("kills", "SIGKILL", "SIGTERM", "runs", "left over", "unequal", "litter") # of the table that is printed
 CLASSES = ["a", "b", "c", "d"]
 
 
@@ -90,7 +91,8 @@ def training(folder: Path) -> list:
 
 def searching(folder: Path) -> list:
     rules = Rules(individuals=6, parents=3, elites=2, fewest=20, most=40)
-    found = search(trained(), pictures().valid, grouping(), rules, generations=6, checkpoint=folder / "search.safetensors")
+    state = folder / "search.safetensors"
+    found = search(trained(), pictures().valid, grouping(), rules, generations=6, checkpoint=state)
     return [timeless(found.history), digest(found.masks.masks), digest([found.population])]
 
 
@@ -113,7 +115,7 @@ def subtasks(folder: Path) -> list:
 
 def results(folder: Path) -> list:
     for epochs in range(1, 21):
-        run = describe_run("torture", "plain", "net", "shades", 0, {"epochs": epochs}, run="torture/one") | {"date": "now"}
+        run = describe_run("torture", "plain", "net", "shades", 0, {"epochs": epochs}, run="torture/one")
         write_rows(folder / "rows.csv", make_rows(run, {"accuracy": epochs / 20}) * 200)
     return [read_rows(folder / "rows.csv")["value"].tolist()]
 
@@ -126,7 +128,8 @@ def reporting(folder: Path) -> list:
     axes.plot([0, 1], [0, 1])
     frame = pandas.DataFrame({"class": CLASSES, "accuracy": [0.1, 0.2, 0.3, 0.4]})
     for words in ("first", "second", "third"):
-        write_report(folder, "Torture", [("heading", words), ("text", words * 2000), ("table", frame), ("a line", figure)])
+        parts = [("heading", words), ("text", words * 2000), ("table", frame), ("a line", figure)]
+        write_report(folder, "Torture", parts)
     plt.close(figure)
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())]
 
@@ -134,7 +137,9 @@ def reporting(folder: Path) -> list:
 # What may be read while a task is not at its end
 
 
-def whole_rows(folder: Path) -> bool: return not (folder / "rows.csv").exists() or len(read_rows(folder / "rows.csv")) == 200
+def whole_rows(folder: Path) -> bool:
+    path = folder / "rows.csv"
+    return not path.exists() or len(read_rows(path)) == 200
 
 
 def whole_pages(folder: Path) -> bool:
@@ -147,8 +152,8 @@ class Task(NamedTuple):
     readable: Callable[[Path], bool] = lambda folder: True # whether what it left when it was killed is whole
 
 
-TASKS = {"training": Task(training), "search": Task(searching), "fine-tuning": Task(tuning), "sub-tasks": Task(subtasks),
-         "results": Task(results, whole_rows), "report": Task(reporting, whole_pages)}
+TASKS = {"training": Task(training), "search": Task(searching), "fine-tuning": Task(tuning),
+         "sub-tasks": Task(subtasks), "results": Task(results, whole_rows), "report": Task(reporting, whole_pages)}
 
 
 # Starting and killing
@@ -202,31 +207,28 @@ def torment(name: str, kills: int, chance: random.Random, place: Path) -> Counte
         counted["runs"] += 1
         counted["unequal"] += found[0] != expected[0]
         counted["litter"] += found[1] != expected[1]
-        if found != expected: print(f"{folder.name}: {expected} was expected, but it ended with {found}", file=sys.stderr)
+        if found != expected: print(f"{folder.name}: {expected} was expected, not {found}", file=sys.stderr)
     return counted
 
 
 def main() -> int: # 1 where something was not as it has to be
-    parser = argparse.ArgumentParser(description="Kill training, search and so on at random moments, and let them go on.")
+    parser = argparse.ArgumentParser(description="Kill trainings, searches and so on, and let them go on.")
     parser.add_argument("--kills", type=int, default=120, help="in all (120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--task", choices=TASKS, action="append", help="only this one; may be said several times (all)")
     options = parser.parse_args()
     torch.set_num_threads(1) # a process that forks must not have others beside it
-    trained(), grouping()
-    import pandas # noqa: F401 - once, not in every child
-
+    trained(), grouping() # once, not in every child
     wrong, chosen = 0, options.task or list(TASKS)
-    print(f"{'task':12} {'kills':>6} {'SIGKILL':>8} {'SIGTERM':>8} {'runs':>5} {'left over':>10} {'unequal':>8} {'litter':>7} {'s':>6}")
+    print(f"{'task':12}" + "".join(f"{word:>10}" for word in (*COLUMNS, "seconds")))
     with TemporaryDirectory(prefix="torture") as place:
         for number, name in enumerate(chosen):
             begun = time.monotonic()
             share = options.kills // len(chosen) + (number < options.kills % len(chosen))
             counted = torment(name, share, random.Random(f"{options.seed} {name}"), Path(place))
             wrong += counted["unequal"] + counted["litter"] + (counted["kills"] < share)
-            print(f"{name:12} {counted['kills']:6} {counted['SIGKILL']:8} {counted['SIGTERM']:8} {counted['runs']:5} "
-                  f"{counted['left over']:10} {counted['unequal']:8} {counted['litter']:7} {time.monotonic() - begun:6.1f}",
-                  flush=True)
+            took = f"{time.monotonic() - begun:10.1f}"
+            print(f"{name:12}" + "".join(f"{counted[word]:10}" for word in COLUMNS) + took, flush=True)
     return int(wrong > 0)
 
 
