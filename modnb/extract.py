@@ -152,7 +152,7 @@ class Extracted(fx.GraphModule):
         new = super().__deepcopy__(memo) # which forgets what torch.fx does not know
         type(new).__name__ = type(self).__name__
         new._non_persistent_buffers_set = {*self._non_persistent_buffers_set}
-        for name in {"classes", "keep", "recipe"} & vars(self).keys():
+        for name in {"classes", "keep", "preparation", "recipe"} & vars(self).keys():
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
         return new
 
@@ -186,6 +186,9 @@ class Builder(Maker):
 
     def copy(self, node, argument, layer=None):
         written = layer is not None and node.op == "call_function" # a function, of which a layer does the work
+        if written and "names" in node.meta: # or the function itself
+            own = [self.constant(name, layer.get_parameter(n)) for n, name in node.meta["names"].items() if name]
+            return self.graph.call_function(nn.functional.linear, (argument(node.args[0]), *own))
         args, options = (((argument(node.args[0]),), {}) if written
                          else (fx.map_arg(a, argument) for a in (node.args, node.kwargs)))
         held = constant_of(node) if node.op == "get_attr" else self._tied(node, layer)

@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['MOST', 'all_subtasks', 'draw_subtasks', 'read_sizes', 'draw_sizes', 'sample_size', 'sample_subtasks',
-           'subtask_indices', 'save_subtasks', 'load_subtasks', 'Whole', 'measure_whole', 'measure_subtask']
+           'subtask_indices', 'save_subtasks', 'load_subtasks', 'Whole', 'measure_whole', 'measure_subtask', 'compare']
 
 # %% ../nbs/17_subtasks.ipynb #93223b12
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
@@ -19,10 +19,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .data import Split, class_indices
+from .data import Split, Stream, as_split, class_indices
 from .files import UnreadableFile, write_text
 from .metrics import count_flops, count_weights
-from .prediction import evaluate, predict
+from .prediction import answers, evaluate, find_outputs, output_names, predict, select_columns
 
 # %% ../nbs/17_subtasks.ipynb #10811418
 MOST = 20 # classes: 1,048,555 sub-tasks
@@ -163,10 +163,27 @@ def measure_subtask(
 ) -> dict[str, float]: # fractions: accuracy, composed_accuracy, composed_size; composed_flops where these were counted
     "Judge a network for a sub-task beside the whole one (MODA Sec. 5.2)."
     columns = class_indices(composed.classes, split.classes)
-    part, own = split.subtask(columns), [composed.classes.index(split.classes[c]) for c in columns]
-    mine = torch.isin(split.labels, torch.tensor(columns, device=split.labels.device))
-    values = {"accuracy": evaluate(composed, part, columns, whole.logits[mine.to(whole.logits.device)]),
-              "composed_accuracy": evaluate(composed, part, own),
+    part, mine = split.subtask(columns), torch.isin(split.labels, torch.tensor(columns, device=split.labels.device))
+    values = {"accuracy": evaluate(None, part, columns, whole.logits[mine.to(whole.logits.device)]),
+              "composed_accuracy": evaluate(composed, part),
               "composed_size": count_weights(composed) / whole.weights}
     if whole.flops is None: return values
     return values | {"composed_flops": count_flops(composed, torch.zeros(1, *split.images.shape[1:])) / whole.flops}
+
+# %% ../nbs/17_subtasks.ipynb #369b9fde
+def compare(
+    model: nn.Module, # the whole network, [B, C, H, W] -> logits [B, K]
+    small: nn.Module, # a network for some of its classes, from `compose`: `.classes` names its outputs
+    split: Split | Stream, # images to look at, of these classes or of more
+    outputs: Mapping[str, int] | Sequence[str | int] | None = None, # of `model` for the split's classes: `find_outputs`
+) -> dict[str, float]: # fractions: accuracy of the whole network among these classes, composed_accuracy, composed_size
+    "Compare a small network with the whole one by the names of classes; raises `ValueError` where they do not fit."
+    split, named = as_split(split), output_names(small)
+    if named is None: raise ValueError("the small network does not name its outputs; compose makes networks that do")
+    part = split.subtask(named)
+    logits, labels = answers(model, part)
+    if outputs is None: outputs = output_names(model)
+    columns = dict(zip(split.classes, find_outputs(split.classes, logits.shape[1], outputs)))
+    right = select_columns(logits, part, columns).argmax(1) == labels
+    return {"accuracy": right.double().mean().item(), "composed_accuracy": evaluate(small, part),
+            "composed_size": count_weights(small) / count_weights(model)}

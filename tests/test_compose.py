@@ -5,16 +5,19 @@ import functools
 import itertools
 import json
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from modnb.compose import Composer, compose, load_module, save_module, save_onnx
+from modnb.compose import Composer, ParallelModules, compose, load_module, save_module, save_onnx
+from modnb.data import Split
 from modnb.extract import masked
 from modnb.files import UnreadableFile
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
+from modnb.prediction import evaluate
 from modnb.units import unit_sites
 
 CLASSES = [f"class {c}" for c in range(10)]
@@ -37,20 +40,81 @@ MODELS = ["vgg16_4096", "resnet18", "mobilenet", "rescnn"]
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_are_those_of_the_oracle_in_class_order(name):
+def test_logits_are_those_of_the_oracle_in_the_order_asked_for(name, tmp_path):
     model, masks, x = parts(name)
     composed = compose(model, masks, ["class 7", 2, 5], x)
-    assert composed.classes == ["class 2", "class 5", "class 7"]
-    expected = masked(model, masks.keep([2, 5, 7]), x)(x)[:, [2, 5, 7]]
+    assert composed.classes == ["class 7", "class 2", "class 5"]
+    expected = masked(model, masks.keep([2, 5, 7]), x)(x)[:, [7, 2, 5]]
     assert torch.allclose(composed(x), expected, rtol=1e-4, atol=1e-5)
+    save_module(composed, tmp_path / "m.safetensors")
+    again = load_module(tmp_path / "m.safetensors")
+    assert again.classes == composed.classes and torch.equal(again(x), composed(x))
+    assert torch.equal(copy.deepcopy(again)(x), composed(x))
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_order_of_classes_does_not_matter(name):
+def test_the_order_of_classes_is_that_of_the_outputs_and_nothing_else(name):
     model, masks, x = parts(name)
     composer = Composer(model, masks, x)
-    outputs = [composer(order)(x) for order in itertools.permutations([1, 4, 8])]
-    assert all(torch.equal(outputs[0], o) for o in outputs)
+    sorted_outputs = composer([1, 4, 8])(x)
+    for order in itertools.permutations([1, 4, 8]):
+        found = composer(order)
+        assert found.classes == [CLASSES[c] for c in order]
+        assert torch.equal(found(x), sorted_outputs[:, [[1, 4, 8].index(c) for c in order]])
+
+
+def test_answers_go_by_names_in_any_order():
+    "A network for 7 and 3, asked about images of 3 and 7: nobody has to know an order"
+    model, masks, x = parts("resnet18")
+    images = torch.randint(256, [60, 3, *x.shape[2:]], dtype=torch.uint8)
+    split = Split(images, torch.arange(60) % 10, CLASSES, (0.5,) * 3, (0.25,) * 3)
+    found = {order: evaluate(compose(model, masks, order, x), split.subtask(order), precision="float32")
+             for order in itertools.permutations([3, 7, 8])}
+    assert len({*found.values()}) == 1
+    with pytest.raises(ValueError, match="no output for the class 'class 1'"):
+        evaluate(compose(model, masks, [3, 7], x), split.subtask([1, 3]))
+
+
+def test_outputs_are_named_or_refused():
+    "Masks of two classes for a network with ten outputs: which two?"
+    model, masks, x = parts("resnet18")
+    pair = ModuleMasks({site: mask[[3, 7]] for site, mask in masks.masks.items()}, ["three", "seven"])
+    with pytest.raises(ValueError, match="10 outputs for the 2 classes .three, seven."):
+        compose(model, pair, ["seven"], x)
+    expected = compose(model, masks, [7, 3], x)(x)
+    for outputs in ({"seven": 7, "three": 3, "nine": 9}, [3, 7], [str(c) if c not in (3, 7) else
+                    {3: "three", 7: "seven"}[c] for c in range(10)]):
+        assert torch.equal(compose(model, pair, ["seven", "three"], x, outputs=outputs)(x), expected)
+    for wrong, message in [({"seven": 7}, "no output for the class 'three'"), ([3, 10], "output of seven must be"),
+                           ([3, 3], "different numbers"), (["three", "seven"], "2 names for the 10 outputs")]:
+        with pytest.raises(ValueError, match=message): compose(model, pair, ["seven"], x, outputs=wrong)
+
+
+def test_what_pixels_were_normalised_with_travels(tmp_path):
+    model, masks, x = parts("resnet18")
+    images = torch.randint(256, [20, 3, *x.shape[2:]], dtype=torch.uint8)
+    split = Split(images, torch.arange(20) % 10, CLASSES, (0.4, 0.5, 0.6), (0.2, 0.3, 0.2), resize=40)
+    composed = compose(model, masks, [7, 3], split)
+    assert composed.preparation == split.preparation() and composed.preparation["resize"] == 40
+    beside = ParallelModules([compose(model, masks, [7], split), compose(model, masks, [3], split)])
+    for number, module in enumerate((composed, beside, copy.deepcopy(composed))):
+        save_module(module, tmp_path / f"{number}.safetensors")
+        again = load_module(tmp_path / f"{number}.safetensors")
+        assert again.preparation == split.preparation()
+        evaluate(again, split.subtask([3, 7]))
+        with pytest.raises(ValueError, match="made for images with mean"):
+            evaluate(again, replace(split, mean=(0.5, 0.5, 0.5)).subtask([3, 7]))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_numbers_keep_their_format(dtype, tmp_path):
+    model, masks, x = parts("rescnn")
+    model = copy.deepcopy(model).to(dtype)
+    composed = compose(model, masks, [7, 3], x)
+    assert composed(x.to(dtype)).dtype == dtype
+    save_module(composed, tmp_path / "m")
+    again = load_module(tmp_path / "m", model)
+    assert torch.equal(again(x.to(dtype)), composed(x.to(dtype)))
 
 
 @pytest.mark.parametrize("name", MODELS)

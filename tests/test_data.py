@@ -25,6 +25,8 @@ from modnb.data import (
     ImageData,
     MissingDataset,
     Split,
+    Stream,
+    as_split,
     batches,
     channel_statistics,
     class_indices,
@@ -35,7 +37,9 @@ from modnb.data import (
     md5_of,
     normalise,
     pick_device,
+    read_transform,
     resize,
+    stream_folder,
 )
 
 CLASSES = ["airplane", "bird", "cat", "dog"]
@@ -135,8 +139,13 @@ def test_resize_keeps_level_and_type(size):
 
 def test_split_refuses_tensors_that_do_not_fit():
     images, labels = random_images(3), torch.zeros(3, dtype=torch.int64)
-    for bad in (images.float(), images[:, :1], images[0]):
+    for bad in (images.float(), images[0]):
         with pytest.raises(ValueError, match="images must be uint8"): Split(bad, labels, CLASSES, (0,) * 3, (1,) * 3)
+    with pytest.raises(ValueError, match="1 channels, but there are 3 means"):
+        Split(images[:, :1], labels, CLASSES, (0,) * 3, (1,) * 3)
+    for label in (-1, 4, -100):
+        with pytest.raises(ValueError, match=f"0 to 3; 1 are not, such as {label}"):
+            Split(images, torch.tensor([0, label, 1]), CLASSES, (0,) * 3, (1,) * 3)
     for bad in (labels[:2], labels.int()):
         with pytest.raises(ValueError, match="labels must be int64"): Split(images, bad, CLASSES, (0,) * 3, (1,) * 3)
 
@@ -154,6 +163,15 @@ def test_subtask_keeps_images_and_renumbers(positions, count):
     assert (part.mean, part.std, part.crop_padding, part.flip) == (split.mean, split.std, 0, False)
 
 
+@pytest.mark.parametrize("channels", [1, 4, 12])
+def test_any_number_of_channels(channels):
+    images = torch.randint(256, [8, channels, 6, 6], dtype=torch.uint8)
+    split = Split(images, torch.arange(8) % 4, CLASSES, (0.5,) * channels, (0.5,) * channels, crop_padding=1, flip=True)
+    seen, _ = next(batches(split.subtask([1, 2]), augment=True, seed=0))
+    assert seen.shape == (4, channels, 6, 6)
+    torch.testing.assert_close(next(batches(split))[0], images.float() / 127.5 - 1)
+
+
 def test_select():
     split = split_of(5)
     for chosen in ([3, 1], torch.tensor([3, 1])): assert split.select(chosen).images[:, 0, 0, 0].tolist() == [3, 1]
@@ -169,6 +187,47 @@ def test_image_data():
     assert [len(split) for split in (part.train, part.valid, part.test)] == [10, 0, 4]
     assert torch.equal(data.example(3), next(batches(data.train, 3))[0])
     assert data.to("meta").test.device.type == "meta" and data.test.device.type == "cpu"
+
+
+# Streams
+
+
+def loader(split, size=3):
+    return torch.utils.data.DataLoader(list(zip(normalise(split.images, split.mean, split.std), split.labels)), size)
+
+
+@quick
+@given(st.lists(st.integers(0, 3), min_size=1, unique=True), st.integers(1, 20))
+def test_a_stream_gives_the_images_of_a_split(positions, count):
+    split = split_of(count)
+    for source in (loader(split), list(batches(split, 7))):
+        stream = Stream(source, CLASSES)
+        for data, wanted in ((stream, split), (stream.subtask(positions), split.subtask(positions))):
+            assert data.classes == wanted.classes
+            found, expected = list(data), list(batches(wanted))
+            assert [label for _, labels in found for label in labels.tolist()] == wanted.labels.tolist()
+            if found: assert torch.equal(torch.cat([images for images, _ in found]), expected[0][0])
+            assert len(list(batches(data))) == len(found), "again, from the beginning"
+
+
+@pytest.mark.parametrize("batch, words", [
+    ({"x": 1}, "batch 0 is dict"), ([torch.zeros(2, 3, 4, 4)], "batch 0 is list"),
+    ((torch.zeros(2, 3, 4, 4).byte(), torch.zeros(2).long()), "normalised, of a floating type"),
+    ((torch.zeros(2, 4, 4), torch.zeros(2).long()), "must be .B, C, H, W."),
+    ((torch.zeros(2, 3, 4, 4), torch.zeros(3).long()), "labels must be integers .2."),
+    ((torch.zeros(2, 3, 4, 4), torch.zeros(2)), "labels must be integers"),
+    ((torch.zeros(2, 3, 4, 4), torch.tensor([0, 4])), "0 to 3; 1 are not, such as 4")])
+def test_streams_refuse(batch, words):
+    with pytest.raises(ValueError, match=words): list(Stream([batch], CLASSES))
+    with pytest.raises(ValueError, match="shuffle and augment there"):
+        batches(Stream([batch], CLASSES), shuffle=True, seed=0)
+
+
+def test_what_is_no_stream():
+    with pytest.raises(ValueError, match="generator cannot be gone through more than once"):
+        Stream((x for x in []), CLASSES)
+    with pytest.raises(ValueError, match="say Stream.data, classes"): as_split(loader(split_of(4)))
+    with pytest.raises(ValueError, match="int cannot be gone through"): as_split(5)
 
 
 # Batches
@@ -666,3 +725,62 @@ except ImportError as error: print(error)"""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
     assert done.stdout.startswith("1437\ntorchvision is not installed"), done.stderr
+
+
+# As a network was trained
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    "Two classes of pictures that are not square"
+    chance = np.random.default_rng(0)
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for number, shape in enumerate([(40, 61), (57, 33), (48, 48), (33, 90)]):
+            pixels = chance.integers(256, size=(*shape, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / name / f"{number}.png")
+    return tmp_path
+
+
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
+def test_pictures_are_prepared_as_torchvision_does(pictures, interpolation):
+    datasets = import_torchvision().datasets
+    from torchvision import transforms
+    method = transforms.InterpolationMode(interpolation)
+    theirs = transforms.Compose([transforms.Resize(31, method), transforms.CenterCrop(28), transforms.ToTensor(),
+                                 transforms.Normalize([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])])
+    expected = torch.stack([image for image, _ in datasets.ImageFolder(str(pictures), theirs)])
+    numbers = {"resize": 31, "crop": 28, "mean": [0.485, 0.456, 0.406], "std": [0.229, 0.224, 0.225],
+               "interpolation": interpolation}
+    for options in ({"transform": theirs}, numbers):
+        data = load_dataset(pictures, device="cpu", test=0.25, **options)
+        order = torch.cat([data.train.labels * 10, data.test.labels * 10]).argsort(stable=True)
+        found = torch.cat([next(batches(split))[0] for split in (data.train, data.test)])[order]
+        sums = [sorted(images.sum((1, 2, 3)).tolist()) for images in (found, expected)]
+        assert sums[0] == pytest.approx(sums[1], rel=1e-4)
+        assert data.test.preparation()["resize"] == 31 and data.test.mean == (0.485, 0.456, 0.406)
+    for workers in (0, 1):
+        stream = stream_folder(pictures, **numbers, batch_size=3, workers=workers)
+        streamed = torch.cat([images for images, _ in stream])
+        torch.testing.assert_close(streamed, expected)
+
+
+def test_transforms_of_torchvision_and_timm_are_read():
+    weights = import_torchvision().models.get_model_weights("efficientnet_b0").DEFAULT
+    found = read_transform(weights.transforms())
+    assert (found["resize"], found["crop"], found["interpolation"]) == (256, 224, "bicubic")
+    timm_data = pytest.importorskip("timm.data")
+    found = read_transform(timm_data.create_transform((3, 192, 192), crop_pct=0.75, mean=(0.1, 0.2, 0.3)))
+    assert (found["resize"], found["crop"]) == (256, 192) and found["mean"] == pytest.approx((0.1, 0.2, 0.3))
+
+
+def test_preparation_is_said_once_and_whole(pictures):
+    from torchvision import transforms
+    for options, words in [({"resize": 40}, "resize needs crop"), ({"resize": 20, "crop": 28}, "at least 28"),
+                           ({"mean": [0.5] * 3}, "mean alone"), ({"crop": 20, "image_size": 24}, "the same thing"),
+                           ({"mean": [0.5], "std": [1]}, "3 channels, but there are 1"),
+                           ({"transform": transforms.Resize((30, 30))}, "do not know how to do Resize"),
+                           ({"transform": transforms.CenterCrop(30), "crop": 30}, "crop is said by transform"),
+                           ({"interpolation": "cubic"}, "no interpolation 'cubic'")]:
+        with pytest.raises(ValueError, match=words): load_dataset(pictures, device="cpu", **options)
+    with pytest.raises(ValueError, match="no option of digits 'resize'"): load_dataset("digits", resize=20, crop=16)

@@ -38,7 +38,8 @@ def ordered(
     renumbered = torch.full([len(split.classes)], -1, device=split.device)
     renumbered[list(columns)] = torch.arange(len(columns), device=split.device)
     labels = renumbered[split.labels]
-    return replace(split, labels=labels, classes=[split.classes[c] for c in columns]).select(labels >= 0)
+    part, names = split.select(labels >= 0), [split.classes[c] for c in columns]
+    return replace(part, labels=labels[labels >= 0], classes=names)
 
 # %% ../../nbs/cnnsplitter/06_weak.ipynb #36dd08be
 def draw_share(

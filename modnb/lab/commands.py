@@ -494,6 +494,8 @@ def rehearse_command(
 # %% ../../nbs/lab/10_commands.ipynb #2f475082
 def command_parser() -> ArgumentParser:
     "Describe the commands."
+    from modnb.lab.networks import add_network_commands
+
     parser = ArgumentParser(prog="modnb", description="Run studies, see how far they are, report on them.")
     commands = parser.add_subparsers(dest="command", required=True)
     check = commands.add_parser("check", help="what this machine has, and whether the loops agree on it")
@@ -511,6 +513,7 @@ def command_parser() -> ArgumentParser:
         command.add_argument("--runs", default=str(default_runs()), help="folder of all runs (runs/ of the checkout)")
         command.add_argument("--experiments", default=str(default_experiments()), metavar="FOLDER",
                              help="folder with Snakefile, matrix.yaml and notebooks (that of the checkout)")
+    add_network_commands(commands)
     played.add_argument("--runs", help="folder of the rehearsal (runs/rehearsal of the checkout)")
     played.add_argument("--experiments", default=str(default_experiments()), metavar="FOLDER", help="as for run")
     played.add_argument("--jobs", "-j", type=int, default=1, help="steps at a time (1)")
@@ -535,6 +538,8 @@ def main(
     words = list(sys.argv[1:] if arguments is None else arguments)
     cut = words.index("--") if "--" in words else len(words)
     options, further = command_parser().parse_args(words[:cut]), words[cut + 1:]
+    from modnb.lab.networks import NETWORK_COMMANDS
+
     try:
         if options.command == "run": return run_command(options, further)
         if further: raise ValueError("only `modnb run` passes words on to Snakemake")
@@ -542,13 +547,13 @@ def main(
             from modnb.lab.check import check_command
             return check_command(options)
         commands = {"status": status_command, "report": report_command, "rehearse": rehearse_command}
-        code = commands[options.command](options)
+        code = (commands | NETWORK_COMMANDS)[options.command](options)
         sys.stdout.flush()
         return code
     except BrokenPipeError: # who reads has seen enough, as in `modnb status all | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except (ValueError, NotebookFailed, Taken) as error:
+    except (ValueError, OSError, NotebookFailed, Taken) as error: # such as a full disk
         print(error, file=sys.stderr)
         return {NotebookFailed: 1, Taken: 3}.get(type(error), 2)
 

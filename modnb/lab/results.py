@@ -433,8 +433,8 @@ def refuse_disagreement(
 ) -> None:
     "Refuse repetitions that found something else: `ValueError` naming both; times are never the same."
     others = rows.loc[first].set_axis(rows.index)
-    limits = rows["unit"].map(lambda unit: AGREE.get(unit, (0.0, 0.01)))
-    near = (rows["value"] - others["value"]).abs() <= limits.str[0] + limits.str[1] * others["value"].abs()
+    absolute, relative = (rows["unit"].map(lambda unit, part=part: AGREE.get(unit, (0.0, 0.01))[part]) for part in (0, 1))
+    near = (rows["value"] - others["value"]).abs() <= absolute + relative * others["value"].abs()
     near |= rows["unit"].isin(["seconds", "milliseconds"]) | (rows["config_hash"] == others["config_hash"])
     for index in rows.index[~near & rows["value"].notna() & others["value"].notna()]:
         one, two = others.loc[index], rows.loc[index]

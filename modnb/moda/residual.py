@@ -7,16 +7,16 @@ __all__ = ['Gated', 'lead', 'contributions', 'relative_contributions', 'sum_site
            'decompose_by_contribution', 'strictest_level']
 
 # %% ../../nbs/moda/03_residual.ipynb #f35e6429
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from ..compose import Composer
-from ..data import Split, batches, class_indices, images_per_class
-from ..devices import evaluating, full_precision, home_of, one_hot
+from ..data import Split, Stream, as_split, batches, class_indices, example_of, images_per_class
+from ..devices import dtype_of, evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
-from ..prediction import evaluate, predict
+from ..prediction import evaluate, find_outputs, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
 from ..units import find_sites, function_name, kind_of_sites, mixes, site_axes, trace, unit_axis, unit_sites
@@ -53,15 +53,17 @@ def lead(
 # %% ../../nbs/moda/03_residual.ipynb #cdac7a8a
 def contributions(
     model: nn.Module, # keeps its mode and its BatchNorm statistics
-    split: Split, # training images
+    split: Split | Stream, # training images; a loader with names of classes will do
     sites: Iterable[str] | None = None, # names from `unit_sites`; None: behind every activation function
     example: Tensor | None = None, # [B, 3, H, W], only its shape matters; None: two images of the split
     batch_size: int = 256, # images at a time; no effect on the result but for rounding
+    outputs: Mapping[str, int] | Sequence[str | int] | None = None, # the output of each class, see `find_outputs`
 ) -> dict[str, Tensor]: # site -> [C, K], float32, change of the lead per unit of the gate
     "Measure what units contribute to classes; ValueError for unknown sites and classes without images."
+    split, dtype = as_split(split), dtype_of(model)
     split = split.to(home_of(model, split.device))
     sizes = images_per_class(split)
-    if example is None: example, _ = next(batches(split, 2))
+    example = (example_of(split) if example is None else example).to(dtype)
     with evaluating(model), full_precision(split.device):
         traced = trace(model, example)
         sites = list(unit_sites(model, example) if sites is None else sites)
@@ -70,11 +72,13 @@ def contributions(
         widths = {site: node.meta["shape"][axes[site]] for site, node in zip(sites, nodes)}
         found = {site: torch.zeros(len(sizes), width, device=split.device) for site, width in widths.items()}
         for images, labels in batches(split, batch_size):
-            gates = {site: torch.ones(len(images), width, device=split.device, requires_grad=True)
-                     for site, width in widths.items()}
-            with torch.enable_grad(): total = lead(Gated(traced, gates).run(images), labels).sum()
+            like = {"device": split.device, "dtype": dtype, "requires_grad": True}
+            gates = {site: torch.ones(len(images), width, **like) for site, width in widths.items()}
+            with torch.enable_grad():
+                logits = Gated(traced, gates).run(images.to(dtype))
+                total = lead(logits[:, find_outputs(split.classes, logits.shape[1], outputs)], labels).sum()
             slopes = torch.autograd.grad(total, list(gates.values()), materialize_grads=True)
-            for site, slope in zip(sites, slopes): found[site] += one_hot(labels, len(sizes)).T @ slope.abs()
+            for site, slope in zip(sites, slopes): found[site] += one_hot(labels, len(sizes)).T @ slope.abs().float()
     return {site: total / sizes[:, None] for site, total in found.items()}
 
 # %% ../../nbs/moda/03_residual.ipynb #1a44d1a1
@@ -128,7 +132,7 @@ def keep_sums_alive(
 # %% ../../nbs/moda/03_residual.ipynb #d382621f
 def decompose_by_contribution(
     model: nn.Module, # trained; keeps its mode and its BatchNorm statistics
-    split: Split, # training images of all classes
+    split: Split | Stream, # training images of all classes; a loader with names of classes will do
     share: float = 0.1, # of a unit's largest contribution, from which on a class keeps the unit, in (0, 1]
     empty: str = "relax", # rule for classes without a unit at a site, see `threshold_masks`
     branches: bool = True, # masks for the terms of residual sums, too
@@ -138,7 +142,8 @@ def decompose_by_contribution(
 ) -> ModuleMasks: # a module for each class, on the CPU
     "Find the units that contribute to each class; ValueError for bad arguments and classes without images."
     if not 0 < share <= 1: raise ValueError(f"share must lie in (0, 1], not {share!r}")
-    if example is None: example, _ = next(batches(split, 2))
+    split = as_split(split)
+    example = (example_of(split) if example is None else example).to(dtype_of(model))
     sites = list(unit_sites(model, example) if sites is None else sites)
     if branches: sites += [site for site in sum_sites(model, example) if site not in sites]
     found = contributions(model, split, sites, example, batch_size)
