@@ -241,6 +241,7 @@ def _known_by(rule: Rule) -> int | str:
 
 def _same(one: nn.Module | torch.Tensor, other: nn.Module | torch.Tensor) -> bool:
     "Do two copies of one layer or parameter hold the same?"
+    if one is other: return True
     if isinstance(one, torch.Tensor): return one.shape == other.shape and torch.equal(one, other)
     if not isinstance(other, nn.Module): return False
     held, others = one.state_dict(), other.state_dict()
@@ -343,7 +344,8 @@ class Anatomy:
 
     def _like_the_model(self, made: fx.GraphModule) -> fx.GraphModule: # its layers have the modes of the model's
         made.training = self.model.training
-        return made.to(home_of(self.model, torch.device("cpu")))
+        home = home_of(self.model, torch.device("cpu"))
+        return made if home.type == "meta" else made.to(home) # positions have values, even where weights have none
 
 # %% ../nbs/13_extract.ipynb #c48cecbf
 def extract(

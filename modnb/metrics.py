@@ -23,6 +23,7 @@ from .data import class_indices
 from .devices import evaluating, full_precision, home_of
 from .extract import Anatomy
 from .masks import ModuleMasks
+from .prediction import check_logits
 from .rules import KeptWeights
 from .units import unit_sites
 
@@ -35,6 +36,7 @@ def accuracy(
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or not len(labels):
         raise ValueError(f"logits must be [N, C] and labels [N] with N > 0, "
                          f"not {list(logits.shape)} and {list(labels.shape)}")
+    check_logits(logits)
     return (logits.argmax(1) == labels).double().mean().item()
 
 # %% ../nbs/15_metrics.ipynb #feb2d042
@@ -48,6 +50,7 @@ def check_target(
         raise ValueError(f"logits must be [N, C] and labels [N], not {list(logits.shape)} and {list(labels.shape)}")
     if not 0 <= column < logits.shape[1]:
         raise ValueError(f"no column {column!r} of the target class; the logits have 0 to {logits.shape[1] - 1}")
+    check_logits(logits)
     return logits.argmax(1)
 
 def precision_recall(

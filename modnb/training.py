@@ -373,6 +373,7 @@ def run_epochs(
         for epoch in range(done + 1, last + 1):
             objective.start_epoch(epoch, last)
             row = run_epoch(loop, train, epoch, bar.update)
+            if broken := find_not_finite(row, model): raise TrainingDiverged(epoch, broken, history)
             objective.end_epoch(row)
             due = settings.evaluate_every and (epoch % settings.evaluate_every == 0 or epoch == last)
             if due and len(data.valid): row["valid_accuracy"] = evaluate(model, data.valid, precision=look)

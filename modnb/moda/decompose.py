@@ -17,6 +17,7 @@ from ..data import Split, Stream, as_split, batches, example_of, images_per_clas
 from ..devices import dtype_of, evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
 from .losses import unit_activations
+from ..prediction import check_weights
 from ..units import function_name, is_activation, layer_of, observe, trace, unit_sites
 
 # %% ../../nbs/moda/01_decompose.ipynb #b3251963
@@ -53,6 +54,7 @@ def activation_rates(
 ) -> dict[str, Tensor]: # site -> [C, K], float32, fraction of the class's images for which the unit is active
     "Count in evaluation mode how often classes use units; ValueError for classes without images (MODA Eq. 9)."
     if level is not None: check_number("level", level, 0, 1, above=True)
+    check_weights(model)
     split, dtype = as_split(split), dtype_of(model)
     split = split.to(home_of(model, split.device))
     sizes = images_per_class(split)
