@@ -68,7 +68,8 @@ def check_values(
         raise ValueError(f"{where}: 'adjust' must be a list of {{when: {{...}}, train: {{...}}}}, not {change!r}")
     for name in spec["fills"]:
         if name in (known := facts("tables") | facts("figures")): continue
-        raise ValueError(f"{where}: 'fills' names {name!r}, no published table or figure.{did_you_mean(str(name), known)}")
+        hint = did_you_mean(str(name), known)
+        raise ValueError(f"{where}: 'fills' names {name!r}, no published table or figure.{hint}")
 
 
 # %% ../../nbs/lab/01_matrix.ipynb #6ff00d56
