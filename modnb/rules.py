@@ -193,7 +193,8 @@ def layer_behind(
 ) -> tuple[nn.Module | None, str]: # the layer and its path
     "The layer that a node calls, or one that does what a function does with weights that are the same for all images."
     kind, own = WRITTEN.get(function_name(node)), [_dims(node, at, name) for at, name in ((1, "weight"), (2, "bias"))]
-    if kind is None or not all(s is None or isinstance(s, fx.Node) and is_constant(s) for s in own): return layer_of(node), str(node.target)
+    if kind is None or not all(s is None or isinstance(s, fx.Node) and is_constant(s) for s in own):
+        return layer_of(node), str(node.target)
     weight, bias = (None if s is None else constant_value(s) for s in own)
     name = _weights_name(own[0], tuple(weight.shape))
     if name is None: return None, str(node.target)
@@ -203,7 +204,8 @@ def layer_behind(
     sizes = (weight.shape[1] * options.get("groups", 1), weight.shape[0], *([weight.shape[2:]] if given else ()))
     layer = kind(*sizes, bias=bias is not None, device="meta", **options)
     for own_name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None: setattr(layer, own_name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+        if tensor is None: continue
+        setattr(layer, own_name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
     node.meta["path"] = name.removesuffix(".weight").removesuffix("_weight")
     if kind is nn.Linear and not name.endswith(".weight"): # no layer can have parameters of these names
         node.meta["names"] = {"weight": name, "bias": getattr(own[1], "target", None)}
@@ -383,7 +385,8 @@ class Normalised(Channelwise):
         return {s: None for s in self.node.all_input_nodes} | computed | {self.source: kept}
 
     def build(self, out, kept):
-        part = lambda s: out.take(s, kept, 0) if s.op == "get_attr" else out.narrow(out.whole(s), torch.ones_like(kept), kept, 0)
+        narrowed = lambda s: out.narrow(out.whole(s), torch.ones_like(kept), kept, 0)
+        part = lambda s: out.take(s, kept, 0) if s.op == "get_attr" else narrowed(s)
         return out.copy(self.node, lambda s: out.take(s, kept) if s is self.source
                         else part(s) if s in self.numbers() else out.value(s))
 
@@ -673,7 +676,8 @@ class Reshape(Channelwise):
         if function_name(self.node) not in ("view", "reshape"): return None
         given = self.node.args[1:] or tuple(self.node.kwargs.values())
         given = list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else list(given)
-        return given if all(isinstance(size, (int, fx.Node)) for size in given) and len(given) == len(self.shape) else None
+        known = all(isinstance(size, (int, fx.Node)) for size in given)
+        return given if known and len(given) == len(self.shape) else None
 
     def reads(self, kept, live): return {s: None for s in self.node.all_input_nodes} | {self.source: kept}
 
@@ -699,7 +703,8 @@ class Tear(Reshape):
         mask = live[self.source].mask.view(self.how.outer, -1, self.how.inner)
         return Live(self.axis, mask.any(2).any(0))
 
-    def reads(self, kept, live): return super().reads(kept, live) | {self.source: self.wide(kept) & live[self.source].mask}
+    def reads(self, kept, live):
+        return super().reads(kept, live) | {self.source: self.wide(kept) & live[self.source].mask}
 
     def build(self, out, kept): return self.reshaped(out, out.take(self.source, self.wide(kept)), kept)
 

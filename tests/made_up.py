@@ -1,4 +1,4 @@
-"""Rows as the studies of the matrix would leave them, without training anything: the settings are real, the numbers are drawn."""
+"""Rows as the studies of the matrix would leave them, without training: the settings are real, the numbers drawn."""
 
 import hashlib
 import json
@@ -63,8 +63,8 @@ def searched(settings: dict, run: dict) -> dict:
     name = known.pop("configuration")
     own = f"{run['model']}-{run['dataset']}{'5' if five else ''}" if name == "published" else name
     rules = asdict(published_rules(own) if own else RELEASED)
-    names = {"population": "individuals"} | {name: name for name in ("parents", "elites", "fewest", "most", "mutation_rate",
-                                                                     "initial_bias", "accuracy_weight", "accuracy_goal")}
+    names = {"population": "individuals"} | {name: name for name in (
+        "parents", "elites", "fewest", "most", "mutation_rate", "initial_bias", "accuracy_weight", "accuracy_goal")}
     decided = {setting: rules[name] for setting, name in names.items() if known[setting] is None}
     for name in ("keep_sensitive", "keep_insensitive"):
         decided |= {} if known[name] else {name: ",".join(f"{share:g}" for share in rules[name])}
@@ -84,7 +84,8 @@ def rows_about(run: dict, notebook: str, sets: dict) -> list[dict]:
         common = empty | {"metric": metric, "unit": fact["unit"], "split": split}
         for classes in (one for kind in fact.get("from", {}).get(notebook, ()) for one in sets.get(kind, ())):
             value = sets["counted"] if metric == "subtasks" else drawn(*key, classes)
-            if fact["unit"] in ("count", "multiply-adds", *TIMES) and metric != "subtasks": value = round(1 + 200 * value)
+            if fact["unit"] in ("count", "multiply-adds", *TIMES) and metric != "subtasks":
+                value = round(1 + 200 * value)
             rows.append(common | {"classes": class_set(classes), "value": value})
     return rows
 
@@ -111,7 +112,8 @@ def trained(cell: Cell) -> dict:
     config = {name: value for name, value in known.items() if name not in UNUSED | others}
     config |= {"precision": known["precision"] or "float32"}
     if not known["head_weights"]: config["head_weights"] = "scaled" if known["width"] < 1 else "published"
-    return describe_run(cell.study, known["system"], known["model"], known["dataset"], known["seed"], config, cell.network)
+    return describe_run(cell.study, known["system"], known["model"], known["dataset"], known["seed"], config,
+                        cell.network)
 
 
 def describe(about: dict, changes: dict, **others) -> dict:
@@ -203,4 +205,5 @@ def study_rows(study: str) -> pandas.DataFrame:
 def histories(rows: pandas.DataFrame) -> dict[str, list[dict]]:
     "A short history of every trained network"
     runs = rows[rows["metric"] == "parameters"].drop_duplicates("run")["run"]
-    return {run: [{"epoch": epoch} | {term: drawn(run, epoch, term) for term in TERMS} for epoch in range(3)] for run in runs}
+    return {run: [{"epoch": epoch} | {term: drawn(run, epoch, term) for term in TERMS} for epoch in range(3)]
+            for run in runs}

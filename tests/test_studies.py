@@ -1,4 +1,4 @@
-"""What the studies of the matrix leave goes through every table, figure and report; the settings are real, the numbers made up."""
+"""What the studies of the matrix leave goes through every table, figure and report; real settings, made up numbers."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,16 @@ import made_up
 from matplotlib import pyplot
 
 from modnb.lab.figures import convergence_figure
-from modnb.lab.matrix import ABOUT_METRICS, MEASURES, Cell, check_cells, check_metrics, check_repeats, check_study, study_cells
+from modnb.lab.matrix import (
+    ABOUT_METRICS,
+    MEASURES,
+    Cell,
+    check_cells,
+    check_metrics,
+    check_repeats,
+    check_study,
+    study_cells,
+)
 from modnb.lab.published import FIGURES, TABLES, beside_text, coverage, side_by_side
 from modnb.lab.reports import (
     comparable_rows,
@@ -53,7 +62,8 @@ def test_kept_rows_agree(path):
     "Stages that measured the same found the same, and every metric of the table comes from who is said to measure it"
     rows = read_rows(path)
     once = counted_once(rows)
-    assert set(map(tuple, once[["run", "metric", "classes"]].to_numpy())) == set(map(tuple, rows[["run", "metric", "classes"]].to_numpy()))
+    places = lambda table: set(map(tuple, table[["run", "metric", "classes"]].to_numpy()))
+    assert places(once) == places(rows)
 
 
 @pytest.mark.parametrize("study", made_up.published_studies())
@@ -65,7 +75,8 @@ def test_reports_of_a_published_study(study):
     assert {name for name in made_up.matrix()[study]["fills"] if name in TABLES} <= filled
     assert len(study_table(rows)) and len(table_rows(rows))
     histories = named_histories(rows, made_up.histories(rows))
-    figures = [sizes_figure(rows), sweep_figure(rows), *(published_figure(table, name) for name, table in tables.items())]
+    figures = [sizes_figure(rows), sweep_figure(rows),
+               *(published_figure(table, name) for name, table in tables.items())]
     if histories: figures.append(convergence_figure(histories, ["cohesion_loss", "train_accuracy"], None))
     for table in tables.values(): beside_text(table, run_only=True)
     assert any(figures)
@@ -100,13 +111,14 @@ def test_reports_of_files(tmp_path):
              if cell.train["seed"] < 2 and (cell.train["model"], cell.train["dataset"]) == ("simcnn", "cifar10")]
     for cell in cells:
         for step, rows in made_up.cell_rows(cell).items():
-            place = f"networks/{cell.network}/rows_train.csv" if step == "train" else f"mwt_published/{cell.name}/{step}/rows.csv"
-            write_rows(tmp_path / place, rows)
+            trained, looked_at = f"networks/{cell.network}/rows_train.csv", f"mwt_published/{cell.name}/{step}/rows.csv"
+            write_rows(tmp_path / (trained if step == "train" else looked_at), rows)
         history = made_up.histories(read_rows(tmp_path / f"networks/{cell.network}/rows_train.csv"))[cell.network]
         (tmp_path / f"networks/{cell.network}/history.json").write_text(json.dumps(history))
     experiments = ROOT / "nbs/experiments"
     run_notebook(experiments / "mwt_report.ipynb", tmp_path / "a.ipynb", {"runs": str(tmp_path / "mwt_published")})
-    run_notebook(experiments / "report.ipynb", tmp_path / "b.ipynb", {"runs": str(tmp_path), "out": str(tmp_path / "report"), "draws": 10})
+    chosen = {"runs": str(tmp_path), "out": str(tmp_path / "report"), "draws": 10}
+    run_notebook(experiments / "report.ipynb", tmp_path / "b.ipynb", chosen)
     assert "RQ4" in (tmp_path / "mwt_published/report.txt").read_text()
     assert "All of mwt_table2" in (tmp_path / "report/report.html").read_text()
 
@@ -115,7 +127,8 @@ def test_reports_of_files(tmp_path):
 
 
 @pytest.mark.parametrize("stages, said", [
-    ({"modularize": {}, "modularize@again": {"sizes": "5"}}, "'modularize' and 'modularize@again' both measure composed_accuracy"),
+    ({"modularize": {}, "modularize@again": {"sizes": "5"}},
+     "'modularize' and 'modularize@again' both measure composed_accuracy"),
     ({"thresholds": {}, "thresholds@b": {"latency": 1}}, "both measure empty_masks"),
     ({"cnnsplitter_search@a": {"grouping": "none"}, "cnnsplitter_search@b": {"grouping": "none", "how": "masked"}},
      "both measure search_time")])
@@ -125,7 +138,8 @@ def test_a_number_has_one_stage(stages, said):
     with pytest.raises(ValueError, match=said): check_repeats(cell, declared)
     apart = {"modularize": {}, "modularize@half": {"keep_threshold": 0.5}, "thresholds": {}, "cnnsplitter_search": {},
              "cnnsplitter_search@none": {"grouping": "none"}}
-    check_repeats(Cell("s", "c", "n", {}, apart), {stage: made_up.parameters(stage.partition("@")[0]) for stage in apart})
+    declared = {stage: made_up.parameters(stage.partition("@")[0]) for stage in apart}
+    check_repeats(Cell("s", "c", "n", {}, apart), declared)
 
 
 def test_repeats_stop_before_anything_runs():
@@ -135,7 +149,8 @@ def test_repeats_stop_before_anything_runs():
         check_cells(cells, made_up.EXPERIMENTS)
 
 
-@pytest.mark.parametrize("name, said", [("mwt_tabel3", "Did you mean 'mwt_table3'"), ("moda_figure9", "no published table")])
+@pytest.mark.parametrize("name, said", [
+    ("mwt_tabel3", "Did you mean 'mwt_table3'"), ("moda_figure9", "no published table")])
 def test_a_study_fills_what_there_is(name, said):
     with pytest.raises(ValueError, match=said): check_study("study 's'", {"fills": [name]})
 

@@ -219,7 +219,7 @@ def loss_weights(
     return found or {"w_cohesion": (0.5,), "w_coupling": (1.5,)}
 
 # %% ../../nbs/lab/06_published.ipynb #2bea6cd8
-ASKED = ("paper", "table", "system", "model", "dataset", "size", "target", "details", "metric") # what a recipe depends on
+ASKED = ("paper", "table", "system", "model", "dataset", "size", "target", "details", "metric") # what recipes depend on
 
 
 def recipe(
@@ -246,7 +246,8 @@ def is_accepted(
     accepted: Sequence[Any], # from `recipe`
 ) -> bool:
     "Tell whether a setting is as published; `True` is not 1."
-    return "any" in accepted or any(value == other and isinstance(value, bool) == isinstance(other, bool) for other in accepted)
+    alike = lambda other: value == other and isinstance(value, bool) == isinstance(other, bool)
+    return "any" in accepted or any(alike(other) for other in accepted)
 
 
 def what_differs(
@@ -262,7 +263,8 @@ def what_differs(
         value = ours.get(name, "not recorded")
         if is_accepted(value, accepted): continue
         found.append(f"{name} {value} instead of {' or '.join(map(str, accepted))}")
-    found += [f"{name} {ours[name]}, of which the recipe says nothing" for name in ours if name in config and name not in wanted]
+    found += [f"{name} {ours[name]}, of which the recipe says nothing" for name in ours
+              if name in config and name not in wanted]
     gpu = RECIPES["gpus"].get(number["paper"], "")
     timed = number["unit"] == "seconds"
     return found + [f"{row['hardware']} instead of {gpu}"] * (timed and (not gpu or gpu not in row["hardware"]))
@@ -273,7 +275,8 @@ def weights_used(
 ) -> list[Frame]: # rows of cohesion_weight and of coupling_weight, one for each network of MwT
     "Read the weights of MwT's losses out of the settings (MwT Tab. 1)."
     own = rows[(rows["system"] == "mwt") & (rows["metric"] == "accuracy") & (rows["classes"] == "all")]
-    return [own.assign(metric=metric, unit="ratio", split="", value=[json.loads(text).get(name) for text in own["config"]])
+    read = lambda name: [json.loads(text).get(name) for text in own["config"]]
+    return [own.assign(metric=metric, unit="ratio", split="", value=read(name))
             for metric, name in (("cohesion_weight", "w_cohesion"), ("coupling_weight", "w_coupling")) if len(own)]
 
 # %% ../../nbs/lab/06_published.ipynb #bed3d25d
@@ -303,7 +306,8 @@ def prepare_rows(
     kept = counted_once(rows[rows["value"].notna() & (rows["split"] != "valid") & ~learned])
     kept = pandas.concat([kept, difference_rows(kept), *weights_used(kept)], ignore_index=True)
     known = {text: json.loads(text) for text in kept["config"].unique()}
-    kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known), decided=decided_texts(kept))
+    kept = kept.assign(size=kept["classes"].map(count_classes), settings=kept["config"].map(known),
+                       decided=decided_texts(kept))
     return dict(list(kept.groupby(["system", "metric"])))
 
 # %% ../../nbs/lab/06_published.ipynb #8cba47e0
@@ -385,8 +389,8 @@ def one_alike(
 def groups_for(
     number: Mapping[str, Any], # a line of `read_published`
     ready: Mapping[tuple[str, str], Frame], # from `prepare_rows`
-    elsewhere: Mapping[str, Collection[str]] = MappingProxyType({}), # column -> values that rows beside this line must not have
-) -> list[tuple[Frame, str]]: # rows of one configuration, and in what they differ; empty text: like for like, for one at most
+    elsewhere: Mapping[str, Collection[str]] = MappingProxyType({}), # column -> values the line's rows must not have
+) -> list[tuple[Frame, str]]: # rows of one configuration, and what differs; empty text: like for like, for one at most
     "Group the rows that answer the same question as a published number."
     average = "average" in (number["model"], number["target"])
     found = None if average or number["reading"] == "superseded" else rows_for(number, ready)
@@ -611,6 +615,7 @@ def coverage(
     for key, frame in prepare_rows(rows).items():
         for place, part in frame.groupby(["model", "dataset"]): places.setdefault(place, {})[key] = part
     cells = [published_cell(table, number, places.get((number["model"], number["dataset"]), {}), rehearsed)
-             for table in TABLES for number in read_published(table).to_dict("records") if number["reading"] != "superseded"]
+             for table in TABLES for number in read_published(table).to_dict("records")
+             if number["reading"] != "superseded"]
     curves = [cell for name in FIGURES for cell in figure_cells(name, rows, histories or {}, rehearsed)]
     return pandas.DataFrame(cells + curves, columns=list(CELL))

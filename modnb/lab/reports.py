@@ -87,7 +87,8 @@ def label_systems(
     parts = [frozenset((name, str(what[name])) for name in apart[place] if name in what)
              for place, what in zip(places, decided_settings(rows), strict=True)]
     there = {} # network -> what is known of it in all ways that it was looked at
-    for run, place, part in zip(rows["run"], places, parts, strict=True): there.setdefault((run, place), set()).add(part)
+    for run, place, part in zip(rows["run"], places, parts, strict=True):
+        there.setdefault((run, place), set()).add(part)
     whole = {key: [part for part in known if not any(part < other for other in known)] for key, known in there.items()}
     words = lambda row, part: ", ".join([row["system"], *(str(row[name]) for name in shown),
                                          *(f"{name} {value}" for name, value in sorted(part))])

@@ -31,7 +31,7 @@ import torch
 import modnb
 from ..checks import did_you_mean
 from ..files import atomic_path
-from .matrix import ABOUT_METRICS, MEASURES, decided, decides
+from .matrix import ABOUT_METRICS, decided
 from .running import canonical, config_hash
 
 # %% ../../nbs/lab/03_results.ipynb #77fbcb7e
@@ -67,7 +67,8 @@ UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "
 
 # %% ../../nbs/lab/03_results.ipynb #59ddc6b5
 MEASURED_METRICS, PUBLISHED_METRICS = (
-    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()} for part in ("measured", "published"))
+    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()}
+    for part in ("measured", "published"))
 METRICS = MEASURED_METRICS | PUBLISHED_METRICS # metric -> (unit, meaning)
 
 # %% ../../nbs/lab/03_results.ipynb #fec1aff1
@@ -424,7 +425,7 @@ def refuse_mixed(
                          f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
 
 # %% ../../nbs/lab/03_results.ipynb #1479d701
-AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repetitions
+AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repeats
 
 
 def refuse_disagreement(
@@ -433,7 +434,8 @@ def refuse_disagreement(
 ) -> None:
     "Refuse repetitions that found something else: `ValueError` naming both; times are never the same."
     others = rows.loc[first].set_axis(rows.index)
-    absolute, relative = (rows["unit"].map(lambda unit, part=part: AGREE.get(unit, (0.0, 0.01))[part]) for part in (0, 1))
+    absolute, relative = (
+        rows["unit"].map(lambda unit, part=part: AGREE.get(unit, (0.0, 0.01))[part]) for part in (0, 1))
     near = (rows["value"] - others["value"]).abs() <= absolute + relative * others["value"].abs()
     near |= rows["unit"].isin(["seconds", "milliseconds"]) | (rows["config_hash"] == others["config_hash"])
     for index in rows.index[~near & rows["value"].notna() & others["value"].notna()]:
@@ -441,8 +443,9 @@ def refuse_disagreement(
         own, its = json.loads(one["config"]), json.loads(two["config"])
         apart = [f"{name} {own.get(name, 'none')} and {its.get(name, 'none')}" for name in sorted({*own, *its})
                  if own.get(name) != its.get(name)]
-        raise ValueError(f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
-                         f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
+        raise ValueError(
+            f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
+            f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
 
 # %% ../../nbs/lab/03_results.ipynb #37938520
 def say_most(
@@ -549,21 +552,22 @@ def paired_rows(
     metric: str, # whose deciding settings have to be the same
     apart: Sequence[str] = (), # settings that may differ
 ) -> Frame: # rows that have a counterpart, with its value as `other`
-    "Find the same model, images, seed and classes in other rows, made with the same settings as far as both record them."
+    "Find the same model, images, seed and classes in other rows, with the same settings as far as both record them."
     place = ["model", "dataset", "seed", "classes", "split"]
     pairs = rows.merge(others[[*place, "config", "value"]], on=place, suffixes=("", "_other"))
     told = {text: decided(metric, json.loads(text)) for text in {*pairs["config"], *pairs["config_other"]}}
     names = lambda own, its: (told[own].keys() & told[its].keys()) - {*apart}
     alike = {(own, its): all(told[own][name] == told[its][name] for name in names(own, its))
              for own, its in set(zip(pairs["config"], pairs["config_other"], strict=True))}
-    fits = [number for number, pair in enumerate(zip(pairs["config"], pairs["config_other"], strict=True)) if alike[pair]]
+    both = zip(pairs["config"], pairs["config_other"], strict=True)
+    fits = [number for number, pair in enumerate(both) if alike[pair]]
     found = pairs.iloc[fits].drop_duplicates(["run", "study", "config", "classes", "split"])
     return found.drop(columns="config_other").rename(columns={"value_other": "other"})
 
 # %% ../../nbs/lab/03_results.ipynb #992eeec2
 def difference_rows(
     rows: Frame, # from `read_rows`, of any number of studies
-) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, as far as rows give them
+) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, where rows give them
     "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
     import pandas
 
