@@ -679,7 +679,8 @@ def image_files(
     paths = [path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES]
     if not paths: raise ValueError(f"no image in {folder}. Known endings: {', '.join(IMAGE_SUFFIXES)}")
     if other := [path.name for path in shown if path not in paths]:
-        warnings.warn(f"{folder}: left out {len(other)} files whose endings are of no image, such as {other[0]}", stacklevel=2)
+        warnings.warn(f"{folder}: left out {len(other)} files whose endings are of no image, such as {other[0]}",
+                      stacklevel=2)
     return paths
 
 

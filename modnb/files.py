@@ -174,7 +174,8 @@ def load_tensors(
             found, header = read_about(path, f.metadata() or {}, tensors)
     except UnreadableFile: raise
     except UNREADABLE as error:
-        raise UnreadableFile(f"{path} is damaged or no safetensors file ({error}); copy it anew, or make it again") from error
+        raise UnreadableFile(f"{path} is damaged or no safetensors file ({error}); copy it anew, "
+                             "or make it again") from error
     if found != kind: raise UnreadableFile(f"{path} holds {str(found)[:40]}, not {kind}")
     check_header(path, header, {"type": "object"} if schema is None else schema)
     lost = [name for name in needs if name not in tensors]

@@ -123,7 +123,8 @@ class ModuleMasks:
     def load(cls, path: str | Path) -> "ModuleMasks":
         "Read what `save` wrote; raises `UnreadableFile` for any other file."
         tensors, header = load_tensors(path, "masks", schema=HEADER)
-        if sorted(tensors) != sorted(header["sites"]): raise UnreadableFile(f"{path}: header and content differ; make it again")
+        if sorted(tensors) != sorted(header["sites"]):
+            raise UnreadableFile(f"{path}: header and content differ; make it again")
         try: return cls({site: tensors[site] for site in header["sites"]}, header["classes"], header.get("network"))
         except ValueError as error: raise UnreadableFile(f"{path} cannot be used: {error}; make it again") from error
 
@@ -187,7 +188,8 @@ def check_rates(
     for site, found in rates.items():
         if found.isfinite().all(): continue
         c, unit = (~found.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"at '{site}' the rate of unit {unit} for class {classes[c]} is {found[c, unit].item()}, not a "
+        raise ValueError(f"at '{site}' the rate of unit {unit} for class {classes[c]} is "
+                             f"{found[c, unit].item()}, not a "
                          "number; look for such values in the network's weights and in the images")
 
 

@@ -27,8 +27,8 @@ from modnb.checkpoints import History, load_checkpoint, read_checkpoint
 from modnb.data import ImageData, Split, batches, load_dataset
 from modnb.devices import training_precision
 from modnb.files import load_tensors, save_tensors
-from modnb.models import create_model
 from modnb.locks import Taken, claimed_file
+from modnb.models import create_model
 from modnb.objectives import COLUMNS, CrossEntropy, Objective, Unobserved, WeightedTerms, rise
 from modnb.prediction import evaluate, predict
 from modnb.progress import wants_progress

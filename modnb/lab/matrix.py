@@ -184,7 +184,8 @@ def check_study(
 
 
 # %% ../../nbs/lab/01_matrix.ipynb #edc9c0b4
-PLAIN_NUMBER = re.compile(r"[-+]?(0|[1-9][0-9]{0,17})|[-+]?[0-9]*[.][0-9]*([eE][-+][0-9]+)?") # the same to YAML and to people
+PLAIN_NUMBER = re.compile( # the same to YAML and to people
+    r"[-+]?(0|[1-9][0-9]{0,17})|[-+]?[0-9]*[.][0-9]*([eE][-+][0-9]+)?")
 MOST_VALUES = 1_000_000 # that a file may stand for
 
 
