@@ -171,7 +171,8 @@ def test_invented_headers_end_in_one_error(written):
     harmless = ("preparation", "network")
     survivors = [what for what in survivors if not isinstance(what, str) or what.split()[1] not in harmless]
     told = {"preparation": dict, "network": dict, "about": dict, "run": dict, "rows": list, "history": list,
-            "outputs": list, "classes": list, "generation": int, "knobs": dict} # nothing in the file tells other values of these
+            "outputs": list, "classes": list,
+            "generation": int, "knobs": dict} # nothing in the file tells other values of these
     assert all(isinstance(what[1], (told.get(what[0], ()), type(None))) for what in survivors), survivors
 
 
