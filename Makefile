@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help demo results refresh test lab docs check-docs readme clean
+.PHONY: help demo results refresh test torture lab docs check-docs readme clean
 .DEFAULT_GOAL := help
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo 'make results  make demo anew, keep its rows in results/demo.csv and put its table in the README'
 	@echo 'make refresh  picture, tables and README of the front page anew, after rows in results/ have changed'
 	@echo 'make test     everything that is checked: style, exports, README, all notebooks, tests/'
+	@echo 'make torture  kill trainings, searches, fine-tunings and so on at random moments, and let them go on'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make docs     the site, in _docs/; make check-docs opens every page of it in a headless browser'
 	@echo 'make readme   README.md from nbs/index.ipynb'
@@ -68,6 +69,9 @@ test: .venv/.ready
 	$(BIN)/nbdev_test --n_workers $(JOBS) --timing
 	$(call say,'tests/ (pytest)')
 	$(BIN)/python -m pytest -q tests --ignore tests/test_repository.py -n $(JOBS) --dist loadfile
+
+torture: .venv/.ready
+	$(BIN)/python tests/torture.py
 
 lab: .venv/.ready
 	$(call say,'JupyterLab: stop it with Ctrl-C')

@@ -188,7 +188,8 @@ def described(
         with torch.random.fork_rng(devices=[]), torch.device(device): return make()
     except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, Unregistered): raise
-        if device == "meta" and isinstance(error, RuntimeError) and "meta" in str(error).lower(): raise NeedsValues from error
+        if device == "meta" and isinstance(error, RuntimeError) and "meta" in str(error).lower():
+            raise NeedsValues from error
         raise UnreadableFile(f"{path} describes a network that cannot be built ({error}); make it again") from error
 
 
@@ -228,13 +229,14 @@ def load_state(
     weights: dict[str, torch.Tensor],
     path: str | Path, # of the file, for the message
 ) -> None:
-    "Fill in weights; raises `UnreadableFile` where names, shapes or kinds of number differ, or where some is no number."
+    "Fill in weights; raises `UnreadableFile` where names, shapes or kinds differ, or where some is no number."
     own = dict((*model.named_parameters(), *model.named_buffers()))
     for name, tensor in weights.items():
         if name in own and own[name].is_floating_point() != tensor.is_floating_point():
             raise UnreadableFile(f"{path}: '{name}' holds {tensor.dtype} instead of {own[name].dtype}; make it again")
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise UnreadableFile(f"{path}: '{name}' has numbers that are not finite, so its network answers nothing; make it again")
+            raise UnreadableFile(f"{path}: '{name}' has numbers that are not finite, so its network answers nothing; "
+                                 "make it again")
     for name, tensor in own.items(): # half stays half
         if name in weights: tensor.data = tensor.data.to(weights[name].dtype)
     empty = any(tensor.is_meta for tensor in own.values())
@@ -276,13 +278,14 @@ def rebuild(
     device: str, # "meta": nothing but the module itself takes memory
     traced: dict[str, Anatomy], # architectures met before
 ) -> nn.Module:
-    "Extract a module and fill in its weights; raises `UnreadableFile` where they do not fit, `NeedsValues` on \"meta\"."
+    "Extract a module, fill in its weights; raises `UnreadableFile` where they do not fit, `NeedsValues` on \"meta\"."
     kind = json.dumps([header["architecture"], header["shape"], device])
     keep, outputs = {site: tensors[f"keep/{site}"] for site in header["sites"]}, header["outputs"]
     if kind not in traced:
         whole = whole if isinstance(whole, nn.Module) else described(whole, path, device)
         widest = max((size for p in whole.parameters() for size in p.shape), default=0)
-        if widest > WIDEST: raise UnreadableFile(f"{path} describes a network with {widest} units in a layer; make it again")
+        if widest > WIDEST:
+            raise UnreadableFile(f"{path} describes a network with {widest} units in a layer; make it again")
         example = lambda: Anatomy(whole, torch.zeros(header["shape"], dtype=dtype_of(whole), device=device))
         traced[kind] = example() if device == "cpu" else described(example, path, device)
     try: module = traced[kind].extract(keep, outputs)
@@ -309,7 +312,8 @@ def unpack_module(
                  for i, part in enumerate(header["parts"])]
         beside = ParallelModules(parts).eval()
         if header["classes"] == beside.classes: return beside
-        raise UnreadableFile(f"{path} says classes {header['classes']}, its modules say {beside.classes}; make it again")
+        raise UnreadableFile(f"{path} says classes {header['classes']}, its modules say {beside.classes}; "
+                                 "make it again")
     check_part(tensors, header, path)
     if model is not None: module = rebuild(tensors, header, path, model, "cpu", traced)
     else:

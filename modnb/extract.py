@@ -88,8 +88,8 @@ def logits_of(
         tensors = [f for f in found if f is not None]
         found = tensors[0] if len(tensors) == 1 else None
     if isinstance(found, fx.Node) and isinstance(found.meta["shape"], tuple): return found
-    raise ValueError("outputs needs a network that returns one tensor, or several of which one is called logits. Put the "
-                     "network into a layer that returns the logits alone")
+    raise ValueError("outputs needs a network that returns one tensor, or several of which one is called logits. Put "
+                     "the network into a layer that returns the logits alone")
 
 # %% ../nbs/13_extract.ipynb #88562fdb
 def look_backward(
@@ -173,9 +173,10 @@ class Builder(Maker):
         self.indices: list[str] = [] # names of index buffers
         self.twins: dict[int, nn.Parameter] = {} # id of a parameter of the whole network -> its part
         self.calls: dict[int | str, list[Rule]] = {} # what a layer is known by -> its calls
-        for node in self.kept.keys() & plan.rules.keys(): self.calls.setdefault(_known_by(plan.rules[node]), []).append(plan.rules[node])
+        for node in self.kept.keys() & plan.rules.keys():
+            self.calls.setdefault(_known_by(plan.rules[node]), []).append(plan.rules[node])
 
-    def together(self, rule, kept, question): # a layer that is called several times is there once, with what any call uses
+    def together(self, rule, kept, question): # a layer called several times is there once, with what any call uses
         calls = (call for call in self.calls[_known_by(rule)] if type(call) is type(rule))
         return torch.stack([question(call, self.kept[call.node]) for call in calls]).any(0)
 
@@ -186,11 +187,15 @@ class Builder(Maker):
 
     def copy(self, node, argument, layer=None):
         written = layer is not None and node.op == "call_function" # a function, of which a layer does the work
+        if written and "names" in node.meta: # or the function itself
+            own = [self.constant(name, layer.get_parameter(n)) for n, name in node.meta["names"].items() if name]
+            return self.graph.call_function(nn.functional.linear, (argument(node.args[0]), *own))
         args, options = (((argument(node.args[0]),), {}) if written
                          else (fx.map_arg(a, argument) for a in (node.args, node.kwargs)))
         held = constant_of(node) if node.op == "get_attr" else self._tied(node, layer)
         target = node.target if held is None else self._register(node.meta.get("path", node.target), held)
-        return self.graph.create_node("call_module" if written else node.op, target, args, options, name=node.name, type_expr=node.type)
+        return self.graph.create_node("call_module" if written else node.op, target, args, options, name=node.name,
+                                      type_expr=node.type)
 
     def constant(self, name, tensor): return self.graph.get_attr(self._register(name, tensor))
 
@@ -221,7 +226,8 @@ class Builder(Maker):
                 self.graph.create_node("placeholder", node.target, node.args)
             if node in self.kept: self.new[node] = plan.rules[node].build(self, self.kept[node])
             if node.op == "output":
-                self.graph.output(fx.map_arg(node.args[0], self.whole) if wanted is None else self.take(logits_of(plan.graph), wanted))
+                self.graph.output(fx.map_arg(node.args[0], self.whole) if wanted is None
+                                  else self.take(logits_of(plan.graph), wanted))
         for node in reversed(list(self.graph.nodes)): # parameters of which only parts are used
             if node.op == "get_attr" and not node.users: self.graph.erase_node(node)
         self.graph.lint()
@@ -242,7 +248,8 @@ def _same(one: nn.Module | torch.Tensor, other: nn.Module | torch.Tensor) -> boo
     if isinstance(one, torch.Tensor): return one.shape == other.shape and torch.equal(one, other)
     if not isinstance(other, nn.Module): return False
     held, others = one.state_dict(), other.state_dict()
-    return type(one) is type(other) and held.keys() == others.keys() and all(_same(held[name], others[name]) for name in held)
+    if type(one) is not type(other) or held.keys() != others.keys(): return False
+    return all(_same(held[name], others[name]) for name in held)
 
 # %% ../nbs/13_extract.ipynb #7cfcaa2c
 class ChannelMask(nn.Module):
@@ -335,7 +342,8 @@ class Anatomy:
         plan, found, buffers = self.plan(keep, outputs), {}, dict(self.traced.named_buffers())
         for node, kept in plan.kept.items():
             own = plan.rules[node].weights(kept, plan.live)
-            if node.op == "get_attr": own = {name: weights for name, weights in own.items() if name not in found} # read in parts
+            if node.op == "get_attr": # read in parts
+                own = {name: weights for name, weights in own.items() if name not in found}
             found |= {name: weights.joined(found.get(name)) for name, weights in own.items()}
         return {name: weights for name, weights in found.items() if name not in buffers}
 

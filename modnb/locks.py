@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['TOUCHED', 'SILENT', 'SETTLE', 'Taken', 'holder', 'lock_file', 'lives', 'is_held', 'claimed', 'keep_touching',
-           'gpu_names', 'gpu_slot', 'assigned_gpu']
+           'claimed_file', 'gpu_names', 'gpu_slot', 'assigned_gpu']
 
 # %% ../nbs/91_locks.ipynb #c30641a3
 import json
@@ -125,6 +125,28 @@ def keep_touching(
     while not ended.wait(TOUCHED):
         try: os.utime(path)
         except OSError: return
+
+# %% ../nbs/91_locks.ipynb #aafd5e4f
+@contextmanager
+def claimed_file(
+    path: str | Path | None, # that only one process may write to; None: there is none
+    patience: float = 2 * SETTLE, # seconds to wait for another process to give it back
+) -> Iterator[None]:
+    "Hold a file for as long as the block runs; `Taken` if somebody else does."
+    if path is None:
+        yield
+        return
+    path, start = Path(path), time.monotonic()
+    while True:
+        claim = claimed(path.with_name(f".{path.name}.running"), str(path), settle=0)
+        try: claim.__enter__()
+        except Taken:
+            if time.monotonic() - start >= patience: raise
+            time.sleep(uniform(0.1, 0.3))
+            continue
+        try: yield
+        finally: claim.__exit__(None, None, None)
+        return
 
 # %% ../nbs/91_locks.ipynb #2436fc8b
 def gpu_names(

@@ -39,8 +39,8 @@ class Keep(dict):
         if self.network is None or self.network == here: return
         name = next(n for n in (*self.network, *here) if self.network.get(n) != here.get(n))
         said = lambda shapes: f"has shape {shapes[name]}" if name in shapes else "does not exist"
-        raise ValueError(f"these masks are of another network: its weight '{name}' {said(self.network)}, here it {said(here)}. "
-                         "Make masks of this network, for example by modnb.moda.decompose")
+        raise ValueError(f"these masks are of another network: its weight '{name}' {said(self.network)}, here it "
+                         f"{said(here)}. Make masks of this network, for example by modnb.moda.decompose")
 
 # %% ../nbs/11_masks.ipynb #4eb960fc
 def rounded_up(
@@ -88,7 +88,8 @@ class ModuleMasks:
         "What a network for these classes keeps; unknown classes raise `ValueError` (MwT Sec. 3.4, MODA Sec. 3.3)."
         rows = range(len(self.classes)) if classes is None else class_indices(classes, self.classes)
         multiple = check_number("multiple", multiple, 1, whole=True)
-        return Keep({site: rounded_up(mask[list(rows)].any(0), mask, multiple) for site, mask in self.masks.items()}, self.network)
+        return Keep({site: rounded_up(mask[list(rows)].any(0), mask, multiple) for site, mask in self.masks.items()},
+                    self.network)
 
     def of(self, model: nn.Module) -> "ModuleMasks":
         "The same masks, which from now on refuse another network."
@@ -122,7 +123,8 @@ class ModuleMasks:
     def load(cls, path: str | Path) -> "ModuleMasks":
         "Read what `save` wrote; raises `UnreadableFile` for any other file."
         tensors, header = load_tensors(path, "masks", schema=HEADER)
-        if sorted(tensors) != sorted(header["sites"]): raise UnreadableFile(f"{path}: header and content differ; make it again")
+        if sorted(tensors) != sorted(header["sites"]):
+            raise UnreadableFile(f"{path}: header and content differ; make it again")
         try: return cls({site: tensors[site] for site in header["sites"]}, header["classes"], header.get("network"))
         except ValueError as error: raise UnreadableFile(f"{path} cannot be used: {error}; make it again") from error
 
@@ -186,7 +188,8 @@ def check_rates(
     for site, found in rates.items():
         if found.isfinite().all(): continue
         c, unit = (~found.isfinite()).nonzero()[0].tolist()
-        raise ValueError(f"at '{site}' the rate of unit {unit} for class {classes[c]} is {found[c, unit].item()}, not a "
+        raise ValueError(f"at '{site}' the rate of unit {unit} for class {classes[c]} is "
+                             f"{found[c, unit].item()}, not a "
                          "number; look for such values in the network's weights and in the images")
 
 

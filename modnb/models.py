@@ -340,13 +340,13 @@ def lenet5(
 def fill_in_patch(
     parts: int, # patches along a side where nothing else is said
     least: int = 1, # pixels of their sides, at least
-) -> Callable[[dict[str, Any]], dict[str, Any]]: # settings of a builder, `patch` perhaps None -> the same, `patch` a number
+) -> Callable[[dict[str, Any]], dict[str, Any]]: # settings of a builder, `patch` perhaps None -> the same with a number
     "Decide the side of a patch; ValueError where patches do not fill the image, or there is no layer."
     def fill_in(settings: dict[str, Any]) -> dict[str, Any]:
         size, patch = settings["image_size"], settings["patch"]
         patch = max(least, size // parts) if patch is None else check_number("patch", patch, 1, size, whole=True)
-        if size % patch: raise ValueError(f"patches of {patch} pixels do not fill an image of {size}: choose `patch` or "
-                                          "`image_size` so that they do")
+        if size % patch: raise ValueError(f"patches of {patch} pixels do not fill an image of {size}: choose `patch` "
+                                          "or `image_size` so that they do")
         return settings | {"patch": patch, "depth": check_number("depth", settings["depth"], 1, whole=True)}
     return fill_in
 
@@ -381,7 +381,8 @@ def convnext_tiny(
 ) -> nn.Module: # [B, 3, H, W] -> logits [B, C]
     "Build a ConvNeXt of 3, 3, 9 and 3 blocks (ConvNeXt-T)."
     channels = [scaled(96 * 2**stage, width) for stage in range(4)]
-    blocks, convnext = [max(1, depth // 3), max(1, depth // 3), depth, max(1, depth // 3)], import_torchvision().models.convnext
+    few, convnext = max(1, depth // 3), import_torchvision().models.convnext
+    blocks = [few, few, depth, few]
     stages = map(convnext.CNBlockConfig, channels, [*channels[1:], None], blocks)
     model = convnext.ConvNeXt(list(stages), dropout, layer_scale, num_classes)
     stem = nn.Conv2d(3, channels[0], patch, stride=patch)

@@ -104,7 +104,8 @@ def check_logits(
     if logits.isfinite().all(): return
     wrong = (~logits.isfinite()).nonzero()
     first = tuple(wrong[0].tolist())
-    raise ValueError(f"{len(wrong)} logits are not finite, the first is {logits[first].item()} at {list(first)} (image, output); "
+    raise ValueError(f"{len(wrong)} logits are not finite, the first is {logits[first].item()} "
+                         f"at {list(first)} (image, output); "
                      "look for such values in the network's weights and in the images")
 
 

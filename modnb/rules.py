@@ -174,14 +174,15 @@ def constant_value(
         return node.target(*args, **options)
 
 
-def _weights_name(node: fx.Node, shape: tuple[int, ...]) -> str:
+def _weights_name(node: fx.Node, shape: tuple[int, ...]) -> str | None: # None: they are not made from one
     "The parameter behind computed weights that has their shape."
     stack = [node]
     while stack:
         seen = stack.pop(0)
-        if seen.op == "get_attr" and seen.meta["shape"] == shape: return seen.target
+        own = seen.op == "get_attr" and seen.meta["shape"] == shape
+        if own and isinstance(constant_value(seen), nn.Parameter): return seen.target
         stack.extend(seen.all_input_nodes)
-    return f"{node.meta['site']}.weight"
+    return None
 
 
 WRITTEN = {"linear": nn.Linear, "conv1d": nn.Conv1d, "conv2d": nn.Conv2d, "conv3d": nn.Conv3d}
@@ -192,16 +193,22 @@ def layer_behind(
 ) -> tuple[nn.Module | None, str]: # the layer and its path
     "The layer that a node calls, or one that does what a function does with weights that are the same for all images."
     kind, own = WRITTEN.get(function_name(node)), [_dims(node, at, name) for at, name in ((1, "weight"), (2, "bias"))]
-    if kind is None or not all(s is None or isinstance(s, fx.Node) and is_constant(s) for s in own): return layer_of(node), str(node.target)
+    if kind is None or not all(s is None or isinstance(s, fx.Node) and is_constant(s) for s in own):
+        return layer_of(node), str(node.target)
     weight, bias = (None if s is None else constant_value(s) for s in own)
+    name = _weights_name(own[0], tuple(weight.shape))
+    if name is None: return None, str(node.target)
     given = ("stride", "padding", "dilation", "groups") if kind is not nn.Linear else ()
     options = {name: _dims(node, 3 + i, name) for i, name in enumerate(given)}
     options = {name: value for name, value in options.items() if value is not None}
     sizes = (weight.shape[1] * options.get("groups", 1), weight.shape[0], *([weight.shape[2:]] if given else ()))
     layer = kind(*sizes, bias=bias is not None, device="meta", **options)
-    for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None: setattr(layer, name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
-    node.meta["path"] = _weights_name(own[0], tuple(weight.shape)).removesuffix(".weight").removesuffix("_weight")
+    for own_name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is None: continue
+        setattr(layer, own_name, tensor if isinstance(tensor, nn.Parameter) else nn.Parameter(tensor))
+    node.meta["path"] = name.removesuffix(".weight").removesuffix("_weight")
+    if kind is nn.Linear and not name.endswith(".weight"): # no layer can have parameters of these names
+        node.meta["names"] = {"weight": name, "bias": getattr(own[1], "target", None)}
     return layer, node.meta["path"]
 
 
@@ -322,7 +329,8 @@ class Rule:
 
     def of_layer(self, weights: dict[str, KeptWeights]) -> dict[str, KeptWeights]:
         "Put the name of the layer before those of its parameters."
-        return {f"{self.path}.{name}": w for name, w in weights.items()}
+        names = self.node.meta.get("names", {})
+        return {names.get(name, f"{self.path}.{name}"): w for name, w in weights.items()}
 
 # %% ../nbs/12_rules.ipynb #27b7f6a2
 class Whole(Rule):
@@ -377,7 +385,8 @@ class Normalised(Channelwise):
         return {s: None for s in self.node.all_input_nodes} | computed | {self.source: kept}
 
     def build(self, out, kept):
-        part = lambda s: out.take(s, kept, 0) if s.op == "get_attr" else out.narrow(out.whole(s), torch.ones_like(kept), kept, 0)
+        narrowed = lambda s: out.narrow(out.whole(s), torch.ones_like(kept), kept, 0)
+        part = lambda s: out.take(s, kept, 0) if s.op == "get_attr" else narrowed(s)
         return out.copy(self.node, lambda s: out.take(s, kept) if s is self.source
                         else part(s) if s in self.numbers() else out.value(s))
 
@@ -667,7 +676,8 @@ class Reshape(Channelwise):
         if function_name(self.node) not in ("view", "reshape"): return None
         given = self.node.args[1:] or tuple(self.node.kwargs.values())
         given = list(given[0]) if len(given) == 1 and isinstance(given[0], (tuple, list)) else list(given)
-        return given if all(isinstance(size, (int, fx.Node)) for size in given) and len(given) == len(self.shape) else None
+        known = all(isinstance(size, (int, fx.Node)) for size in given)
+        return given if known and len(given) == len(self.shape) else None
 
     def reads(self, kept, live): return {s: None for s in self.node.all_input_nodes} | {self.source: kept}
 
@@ -693,7 +703,8 @@ class Tear(Reshape):
         mask = live[self.source].mask.view(self.how.outer, -1, self.how.inner)
         return Live(self.axis, mask.any(2).any(0))
 
-    def reads(self, kept, live): return super().reads(kept, live) | {self.source: self.wide(kept) & live[self.source].mask}
+    def reads(self, kept, live):
+        return super().reads(kept, live) | {self.source: self.wide(kept) & live[self.source].mask}
 
     def build(self, out, kept): return self.reshaped(out, out.take(self.source, self.wide(kept)), kept)
 
@@ -702,8 +713,8 @@ def _reshape_rule(node: fx.Node, live: dict[fx.Node, Live | None]) -> Rule:
     "Compare the shapes: are the units untouched, merged with what follows, or torn apart?"
     source, axis = node.args[0], live[node.args[0]].axis
     before, after = source.meta["shape"], node.meta["shape"]
-    if "heads" in node.meta and (how := torn(before, node.meta["heads"], after)) and how.axis == axis and math.prod(before[:axis]) * before[axis] \
-            != math.prod(before[:axis]) * after[node.meta["heads"]]: return Tear(node, how)
+    how = torn(before, node.meta["heads"], after) if "heads" in node.meta else None
+    if how and how.axis == axis and after[node.meta["heads"]] != before[axis]: return Tear(node, how)
     left, right = math.prod(before[:axis]), math.prod(before[axis + 1:])
     for at in range(len(after)):
         if math.prod(after[:at]) != left: continue

@@ -6,7 +6,7 @@
 __all__ = ['Forward', 'forward_pass', 'Loop', 'train_step', 'count_steps', 'arrange', 'train_epoch', 'size_of', 'share_of',
            'mean_of', 'average_gradients', 'prepare_network', 'make_optimizer', 'arithmetic', 'Compiled',
            'make_forward', 'in_training', 'steps_of', 'run_epoch', 'progress_bar', 'show_row', 'find_not_finite',
-           'TrainingDiverged', 'run_epochs', 'check_inputs', 'check_group', 'is_best', 'fit']
+           'TrainingDiverged', 'run_epochs', 'check_inputs', 'check_weights', 'check_group', 'is_best', 'fit']
 
 # %% ../nbs/08_training.ipynb #e58bc2c5
 import math
@@ -28,6 +28,7 @@ from .checks import check_number
 from .checkpoints import History, find_checkpoint, restore, run_identity, weights_of, write_checkpoint
 from .data import ImageData, Split, batches, pick_device
 from .devices import evaluating
+from .locks import claimed_file
 from .objectives import CrossEntropy, Objective, check_output, check_terms
 from .prediction import evaluate
 from .progress import wants_progress
@@ -400,6 +401,16 @@ def check_inputs(
         raise ValueError(f"batch_size {settings.batch_size} leaves no batch of the {len(data.train)} training images "
                          f"(drop_last={settings.drop_last}; a single image is no batch)")
 
+# %% ../nbs/08_training.ipynb #22b53747
+def check_weights(
+    model: nn.Module,
+) -> None:
+    "Raise `ValueError` for weights of another precision than float32, naming the first."
+    for name, parameter in model.named_parameters():
+        if parameter.dtype == torch.float32: continue
+        raise ValueError(f"the model's {name!r} is {parameter.dtype}, but weights are trained in float32: pass "
+                         "model.float(); precision='bfloat16' makes the arithmetic of the steps shorter")
+
 # %% ../nbs/08_training.ipynb #ffeee284
 def check_group(
     group: ProcessGroup | None,
@@ -453,29 +464,32 @@ def fit(
     "Train a model, or go on where its checkpoint ends; raises `ValueError` and `TrainingDiverged` (MwT Sec. 4.1)."
     asked = locals()
     device, objective = pick_device(device), CrossEntropy() if objective is None else objective
+    check_weights(model)
     settings = settle(asked, device, model, getattr(data, "image_size", 32))
     check_number("checkpoint_every", checkpoint_every, 1, whole=True)
     check_inputs(data, objective, settings)
     check_group(process_group, settings)
     run = run_identity(settings, model, data, objective)
-    saved = find_checkpoint(checkpoint, run)
-    history = History(saved.rows if saved else [])
-    kept, best = len(history), saved.best if saved else {}
     writes = checkpoint is not None and (process_group is None or not dist.get_rank(process_group))
-    with in_training(model, settings, device) as optimizer:
-        if saved: restore(checkpoint, saved, model, optimizer)
-        rows = run_epochs(model, data.to(device), objective, optimizer, settings, history, progress, process_group)
-        try:
-            with closing(rows):
-                for done, _ in enumerate(rows, kept + 1):
-                    if keep_best and is_best(history.rows): best = weights_of(model)
-                    if not writes or done % checkpoint_every and done < epochs: continue
-                    write_checkpoint(checkpoint, run, history, model, optimizer, best)
-                    kept = done
-        except TrainingDiverged as error:
-            raise TrainingDiverged(error.epoch, error.term, history, checkpoint, kept) from None
-        if best: model.load_state_dict(best)
+    with claimed_file(checkpoint if writes else None):
+        saved = find_checkpoint(checkpoint, run)
+        history = History(saved.rows if saved else [])
+        kept, best = len(history), saved.best if saved else {}
+        with in_training(model, settings, device) as optimizer:
+            if saved: restore(checkpoint, saved, model, optimizer)
+            rows = run_epochs(model, data.to(device), objective, optimizer, settings, history, progress, process_group)
+            try:
+                with closing(rows):
+                    for done, _ in enumerate(rows, kept + 1):
+                        if keep_best and is_best(history.rows): best = weights_of(model)
+                        if not writes or done % checkpoint_every and done < epochs: continue
+                        write_checkpoint(checkpoint, run, history, model, optimizer, best)
+                        kept = done
+            except TrainingDiverged as error:
+                raise TrainingDiverged(error.epoch, error.term, history, checkpoint, kept) from None
+            if best: model.load_state_dict(best)
     return history
+
 
 # %% ../nbs/08_training.ipynb #2869f98e
 from .checkpoints import Checkpoint, fingerprint, load_checkpoint, load_weights, read_checkpoint # noqa: F401

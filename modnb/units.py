@@ -135,7 +135,8 @@ def can_open(
     options: dict[str, Any], # of its call
 ) -> bool:
     "Is this `nn.MultiheadAttention` of a batch with itself, without masks and weights to give back?"
-    plain = type(layer) is nn.MultiheadAttention and len(args) == 3 and args[0] is args[1] is args[2] and layer.batch_first
+    of_itself = len(args) == 3 and args[0] is args[1] is args[2]
+    plain = type(layer) is nn.MultiheadAttention and of_itself and layer.batch_first
     return plain and options.get("need_weights") is False and not any(
         options.get(name) is not None for name in ("attn_mask", "key_padding_mask")) and not (
         layer.dropout or layer.bias_k is not None or layer.add_zero_attn or layer.in_proj_weight is None)
@@ -147,7 +148,8 @@ def open_attention(
 ) -> torch.Tensor: # `[B, N, C]`
     "Compute what the layer computes in steps that can be recorded."
     sizes = (x.shape[0], x.shape[1], 3, layer.num_heads, layer.head_dim)
-    q, k, v = nn.functional.linear(x, layer.in_proj_weight, layer.in_proj_bias).reshape(sizes).permute(2, 0, 3, 1, 4).unbind(0)
+    projected = nn.functional.linear(x, layer.in_proj_weight, layer.in_proj_bias)
+    q, k, v = projected.reshape(sizes).permute(2, 0, 3, 1, 4).unbind(0)
     mixed = nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
     return nn.functional.linear(mixed, layer.out_proj.weight, layer.out_proj.bias)
 
@@ -181,7 +183,8 @@ class LayerTracer(fx.Tracer):
         self.parameters = parameter_proxy_cache
         return attr_val if self.running else super().getattr(attr, attr_val, parameter_proxy_cache)
 
-    def proxy(self, node: fx.Node) -> fx.Proxy: return super().proxy(node) if self.example is None else Known(node, self)
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return super().proxy(node) if self.example is None else Known(node, self)
 
     def create_proxy(self, kind, target, args, kwargs, *further, **options):
         made = super().create_proxy(kind, target, args, kwargs, *further, **options)
@@ -229,7 +232,9 @@ class LayerTracer(fx.Tracer):
     def call_whole(self, path: str, args: tuple, kwargs: dict, error: Exception) -> fx.Proxy:
         "Call a layer that cannot be followed; an error that is the example's fault is raised."
         try: called = self.create_proxy("call_module", path, args, kwargs)
-        except DoesNotPass as further: raise error if isinstance(error, DoesNotPass) else further
+        except DoesNotPass as further:
+            first = error if isinstance(error, DoesNotPass) else further
+            raise first from first.__cause__
         self.whole = {p: e for p, e in self.whole.items() if not p.startswith(f"{path}.")} | {path: error}
         return called
 
@@ -269,7 +274,8 @@ def _tell_whole(model: nn.Module, whole: dict[str, Exception], graph: fx.Graph) 
         more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
         where, error = ", ".join(f"'{p}'" for p in paths[:3]) + more, whole[paths[0]]
         told = f"layer {where} ({name}) failed with {type(error).__name__}: {error}"
-        if not held: raise NotTraceable(f"cannot record the forward pass: {told}. Nothing is left that could be cut") from error
+        if not held:
+            raise NotTraceable(f"cannot record the forward pass: {told}. Nothing is left that could be cut") from error
         warnings.warn(f"kept whole, since it cannot be recorded: {told}", stacklevel=2)
 
 
@@ -285,7 +291,8 @@ def trace_graph(
             if isinstance(error, DoesNotPass) and not _takes(model, example): raise
             path = tracer.inside[-1] if tracer.inside else ""
             layer = model.get_submodule(path)
-            where = f"layer '{path}' ({type(layer).__name__})" if path else f"the forward method of {type(layer).__name__}"
+            kind = type(layer).__name__
+            where = f"layer '{path}' ({kind})" if path else f"the forward method of {kind}"
             raise NotTraceable(
                 f"cannot record the forward pass: {where} failed with {type(error).__name__}: {error}. Put the lines "
                 "that do so into a layer of their own, which is then kept whole") from error
@@ -459,7 +466,8 @@ def unit_axis(
     if "heads" in node.meta: return node.meta["heads"]
     rank, source = len(node.meta["shape"]), origin_of(node)
     if isinstance(layer_of(node), LAST_LAYERS) or function_name(node) in LAST_NAMES: return rank - 1
-    if mixes(node) or isinstance(layer_of(node), NORM_LAYERS) or function_name(node) in FIRST_NAMES: return min(1, rank - 1)
+    if mixes(node) or isinstance(layer_of(node), NORM_LAYERS) or function_name(node) in FIRST_NAMES:
+        return min(1, rank - 1)
     if source is None: return rank - 1 if rank == 3 else min(1, rank - 1)
     before, order, shape = unit_axis(source), permutation(node), source.meta["shape"]
     if order: return order.index(before)
@@ -527,7 +535,8 @@ def torn(
         left = math.prod(before[:at])
         starts = [s for s in range(axis + 1) if math.prod(after[:s]) == left]
         ends = [e for e in range(axis + 1, len(after) + 1) if math.prod(after[:e]) == left * size]
-        if size > 1 and starts and ends: return Torn(at, math.prod(after[starts[-1]:axis]), math.prod(after[axis + 1:ends[0]]))
+        if size > 1 and starts and ends:
+            return Torn(at, math.prod(after[starts[-1]:axis]), math.prod(after[axis + 1:ends[0]]))
     return None
 
 # %% ../nbs/10_units.ipynb #a16fd13d
@@ -552,7 +561,8 @@ def sources_of_heads(
         return None if dim == axis else {source: axis}
     if not (isinstance(layer_of(node), SAME_PLACE_LAYERS) or name in SAME_PLACE_NAMES | PER_HEAD_NAMES): return None
     if name in PER_HEAD_NAMES and axis >= len(shape) - 2 or _over_heads(node, axis): return None
-    found = {s: axis + len(s.meta["shape"]) - len(shape) for s in node.all_input_nodes if isinstance(s.meta["shape"], tuple)}
+    found = {s: axis + len(s.meta["shape"]) - len(shape) for s in node.all_input_nodes
+             if isinstance(s.meta["shape"], tuple)}
     return {s: at for s, at in found.items() if at >= 0 and s.meta["shape"][at] == shape[axis]}
 
 
@@ -595,7 +605,8 @@ def mark_heads(
         name, shape = function_name(node), node.meta["shape"]
         if name not in PER_HEAD_NAMES or not isinstance(shape, tuple) or len(shape) < 4: continue
         weights = node.args[0]
-        while isinstance(layer_of(weights), (nn.Dropout, nn.Identity)) or function_name(weights) in ("dropout", "to", "type_as"):
+        same = ("dropout", "to", "type_as")
+        while isinstance(layer_of(weights), (nn.Dropout, nn.Identity)) or function_name(weights) in same:
             weights = weights.args[0]
         is_softmax = isinstance(layer_of(weights), nn.Softmax) or function_name(weights) == "softmax"
         tried = range(len(shape) - 3, 0, -1) if is_softmax or name == "scaled_dot_product_attention" else ()
@@ -692,7 +703,7 @@ def site_axes(
     sites: Iterable[str], # site names
     example: torch.Tensor, # `[B, C, H, W]`, only its shape matters
 ) -> dict[str, int]: # site -> dimension of its tensor that holds the units
-    "Tell where sites have their units; ValueError for unknown sites and those whose first dimension is not the images'."
+    "Tell where sites have their units; ValueError for unknown ones and those whose first dimension is not the images'."
     sites, named = list(sites), {n.meta["site"]: n for n in trace(model, example).graph.nodes}
     nodes = find_sites(named, sites)
     for site, node in zip(sites, nodes):

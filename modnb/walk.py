@@ -268,7 +268,8 @@ class Answers:
         refuse_other_run(self.path, header["run"], self.run, "another evaluation")
         right = tensors["right"]
         if right.shape == self.right.shape and right.dtype == self.right.dtype: return right
-        raise UnreadableFile(f"{self.path} holds {list(right.shape)} answers instead of {list(self.right.shape)}; delete it "
+        raise UnreadableFile(f"{self.path} holds {list(right.shape)} answers instead of "
+                                 f"{list(self.right.shape)}; delete it "
                              "to count again")
 
     def add(self, s: int, part: int, whole: Tensor, composed: Tensor) -> None: # scalars, of a sub-task and a batch

@@ -4,11 +4,11 @@
     python tests/check_site.py FOLDER extract.html masks    # only these pages
     python tests/check_site.py --pictures OUT --dark        # and a picture of every page in both widths
 
-The site is served from a port of this machine, as readers get it, whichever build made it. Looked for, at the width of a
-desk and of a phone: errors on the console, pages that scroll sideways, code that is cut off, formulas that stayed source
-text or whose kinds of letters look alike, pictures that are missing or have no alternative text, definitions without
-their methods or parameters. Links and their anchors are followed in the files, and the search has to find functions.
-The exit code is 1 where something was found, 3 where no browser or no site is there.
+The site is served from a port of this machine, as readers get it, whichever build made it. Looked for, at the width of
+a desk and of a phone: errors on the console, pages that scroll sideways, code that is cut off, formulas that stayed
+source text or whose kinds of letters look alike, pictures that are missing or have no alternative text, definitions
+without their methods or parameters. Links and their anchors are followed in the files, and the search has to find
+functions. The exit code is 1 where something was found, 3 where no browser or no site is there.
 """
 
 import argparse

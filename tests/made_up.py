@@ -1,15 +1,18 @@
-"""Rows as the studies of the matrix would leave them, without training anything: the settings are real, the numbers are drawn."""
+"""Rows as the studies of the matrix would leave them, without training: the settings are real, the numbers drawn."""
 
 import hashlib
 import json
+from dataclasses import asdict
 from functools import cache
 from pathlib import Path
 
 import pandas
 
+from modnb.cnnsplitter.search import RELEASED, published_rules
+from modnb.cnnsplitter.sensitivity import PUBLISHED
+from modnb.lab import results
 from modnb.lab.matrix import ABOUT_METRICS, MEASURES, Cell, decided, read_matrix, stage_notebook, study_cells
 from modnb.lab.results import class_set, make_rows
-from modnb.lab import results
 from modnb.lab.running import canonical, config_hash, notebook_parameters
 from modnb.subtasks import all_subtasks, draw_sizes, sample_subtasks
 
@@ -49,6 +52,28 @@ def recorded(notebook: str, settings: dict) -> dict:
     return {name: value for name, value in known.items() if name not in UNUSED | NOT_RECORDED.get(notebook, set())}
 
 
+def own_rule(config: dict, system: str) -> dict:
+    "The rule for empty layers under its name"
+    return {"empty": {"mwt": "relax"}.get(system, "top_share")} if config.get("empty") == "own" else {}
+
+
+def searched(settings: dict, run: dict) -> dict:
+    "What rows of a search record: what was done, not what was left open"
+    known, five = recorded("cnnsplitter_search", settings), json.loads(run["config"])["only_classes"]
+    name = known.pop("configuration")
+    own = f"{run['model']}-{run['dataset']}{'5' if five else ''}" if name == "published" else name
+    rules = asdict(published_rules(own) if own else RELEASED)
+    names = {"population": "individuals"} | {name: name for name in (
+        "parents", "elites", "fewest", "most", "mutation_rate", "initial_bias", "accuracy_weight", "accuracy_goal")}
+    decided = {setting: rules[name] for setting, name in names.items() if known[setting] is None}
+    for name in ("keep_sensitive", "keep_insensitive"):
+        decided |= {} if known[name] else {name: ",".join(f"{share:g}" for share in rules[name])}
+    pairs = ",".join(f"{size}:{share:g}" for size, share in rules["thresholds"])
+    decided |= {"combination_thresholds": known["combination_thresholds"] or pairs,
+                "sensitive_layers": ",".join(map(str, PUBLISHED[own]["sensitive"])) if own else "by the rule"}
+    return known | decided
+
+
 def rows_about(run: dict, notebook: str, sets: dict) -> list[dict]:
     "Every metric of a notebook on every class set; `sets` has the class sets of every kind"
     config, rows, empty = json.loads(run["config"]), [], make_rows(run, {"accuracy": 0.0})[0]
@@ -59,7 +84,8 @@ def rows_about(run: dict, notebook: str, sets: dict) -> list[dict]:
         common = empty | {"metric": metric, "unit": fact["unit"], "split": split}
         for classes in (one for kind in fact.get("from", {}).get(notebook, ()) for one in sets.get(kind, ())):
             value = sets["counted"] if metric == "subtasks" else drawn(*key, classes)
-            if fact["unit"] in ("count", "multiply-adds", *TIMES) and metric != "subtasks": value = round(1 + 200 * value)
+            if fact["unit"] in ("count", "multiply-adds", *TIMES) and metric != "subtasks":
+                value = round(1 + 200 * value)
             rows.append(common | {"classes": class_set(classes), "value": value})
     return rows
 
@@ -86,7 +112,8 @@ def trained(cell: Cell) -> dict:
     config = {name: value for name, value in known.items() if name not in UNUSED | others}
     config |= {"precision": known["precision"] or "float32"}
     if not known["head_weights"]: config["head_weights"] = "scaled" if known["width"] < 1 else "published"
-    return describe_run(cell.study, known["system"], known["model"], known["dataset"], known["seed"], config, cell.network)
+    return describe_run(cell.study, known["system"], known["model"], known["dataset"], known["seed"], config,
+                        cell.network)
 
 
 def describe(about: dict, changes: dict, **others) -> dict:
@@ -140,8 +167,10 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
     notebook, settings = stage_notebook(stage), cell.stages[stage]
     if notebook == "moda_replacement": return replacement_rows(cell, settings)
     known, given = recorded(notebook, settings), parameters(notebook) | settings
+    known |= own_rule(known, run["system"])
     if notebook == "cnnsplitter_patch":
-        return patch_rows(run, recorded("cnnsplitter_search", cell.stages[cell.after[stage][0]]), settings)
+        return patch_rows(run, searched(cell.stages[cell.after[stage][0]], run), settings)
+    if notebook == "cnnsplitter_search": known = searched(settings, run)
     if notebook == "moda_subtasks":
         sets = {"all": [None], "counted": count_subtasks(len(names), given["confidence"], given["margin"])}
         return rows_about(describe(run, known), notebook, sets)
@@ -152,6 +181,7 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
     levels = [{lists[name]: float(word)} for name in lists for word in given[name].split(",")] or [{}]
     if notebook == "moda_residual":
         levels = [{"masks_by": form, "level": 0.9} for form in ("published", "published_chosen", "contribution")]
+    if notebook == "mwt_reuse": levels = [{"tune_select": word.strip()} for word in given["tune_select"].split(",")]
     return [row for level in levels for row in rows_about(describe(run, known | level, system=system), notebook, sets)]
 
 
@@ -175,4 +205,5 @@ def study_rows(study: str) -> pandas.DataFrame:
 def histories(rows: pandas.DataFrame) -> dict[str, list[dict]]:
     "A short history of every trained network"
     runs = rows[rows["metric"] == "parameters"].drop_duplicates("run")["run"]
-    return {run: [{"epoch": epoch} | {term: drawn(run, epoch, term) for term in TERMS} for epoch in range(3)] for run in runs}
+    return {run: [{"epoch": epoch} | {term: drawn(run, epoch, term) for term in TERMS} for epoch in range(3)]
+            for run in runs}

@@ -93,7 +93,8 @@ class LastChannels(nn.Module):
 
     def __init__(self, classes: int = 4):
         super().__init__()
-        self.stem, self.depthwise, self.norm = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 6, 3, padding=1, groups=6), nn.LayerNorm(6)
+        self.stem, self.depthwise = nn.Conv2d(3, 6, 4, stride=4), nn.Conv2d(6, 6, 3, padding=1, groups=6)
+        self.norm = nn.LayerNorm(6)
         self.up, self.relu1, self.down = nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)
         self.wide, self.relu2, self.head = nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, classes)
 

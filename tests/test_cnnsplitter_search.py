@@ -36,6 +36,7 @@ from modnb.data import load_dataset
 from modnb.files import load_tensors, save_tensors
 from modnb.lab.results import read_rows
 from modnb.lab.running import NotebookFailed, run_notebook
+from modnb.locks import Taken, claimed_file
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 from modnb.prediction import evaluate
@@ -407,6 +408,15 @@ def test_bad_input(trained, tmp_path):
     with pytest.raises(ValueError, match="two classes"): run(split=data.valid.subtask([0]), groups=alone)
     none = replace(grouping, segments=(), sizes=(), gene_of=grouping.gene_of[:, :0])
     with pytest.raises(ValueError, match="nothing to search"): run(groups=none)
+
+
+def test_the_state_of_a_search_belongs_to_one_process(trained, tmp_path):
+    model, data, grouping = trained
+    state = tmp_path / "state.safetensors"
+    with claimed_file(state), pytest.raises(Taken, match="state.safetensors is being worked on by process"):
+        search(model, data.valid, grouping, SMALL, generations=0, checkpoint=state)
+    search(model, data.valid, grouping, SMALL, generations=0, checkpoint=state)
+    assert [path.name for path in tmp_path.iterdir()] == [state.name]
 
 
 def test_checkpoint_of_another_search_is_refused(trained, tmp_path):

@@ -647,7 +647,8 @@ def test_all_sorts_of_image_files(flat):
     (folder / "notes.txt").write_text("not an image")
     (folder / ".hidden.png").write_text("not an image")
     (flat / ".thumbnails").mkdir()
-    data = load_dataset(flat, test=0.0, device="cpu")
+    with pytest.warns(UserWarning, match="left out 1 files .* such as notes.txt"):
+        data = load_dataset(flat, test=0.0, device="cpu")
     found = data.train.subtask("ant").images
     assert len(found) == 4 and data.classes == ["ant", "bee"]
     assert (found.int() - 50).abs().max() <= 1
@@ -669,6 +670,56 @@ def test_unreadable_image_is_named_with_its_md5(flat, content):
     file.write_bytes(file.read_bytes()[:60] if content == "truncated" else content)
     with pytest.raises(CorruptFile) as caught: load_dataset(flat)
     assert str(file) in str(caught.value) and md5_of(file) in str(caught.value)
+
+
+def test_no_picture_starts_a_program(flat, monkeypatch):
+    "Pillow hands PostScript to Ghostscript: here a program that would leave a trace stands in for it."
+    binary, trace = flat.parent / "gs", flat.parent / "started"
+    binary.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    binary.chmod(0o755)
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", str(binary))
+    Image.new("RGB", (8, 8)).save(flat / "ant" / "03.eps")
+    (flat / "ant" / "03.eps").rename(flat / "ant" / "03.png")
+    with pytest.raises(CorruptFile, match=r"03.png \(md5 .* cannot identify"): load_dataset(flat)
+    stream = stream_folder(flat, 8, [0.5] * 3, [0.5] * 3)
+    with pytest.raises(CorruptFile, match="03.png"): list(stream)
+    assert not trace.exists()
+
+
+def test_a_picture_too_large_is_named_and_not_unpacked(flat, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40 * 40 - 1)
+    with pytest.raises(CorruptFile, match="ant/00.png has more than 1,599 pixels.*MAX_IMAGE_PIXELS"): load_dataset(flat)
+    pixels = b"P5 20000 20000 255\n" # says that 400 million follow
+    (flat / "ant" / "00.png").write_bytes(pixels)
+    monkeypatch.undo()
+    with pytest.raises(CorruptFile, match="ant/00.png has more than 89,478,485 pixels"): load_dataset(flat)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="the system has no pipes with names")
+@pytest.mark.parametrize("make", [os.mkfifo, lambda path: path.symlink_to(path), lambda path: path.symlink_to("gone")])
+def test_what_is_named_like_a_picture_and_is_no_file(flat, make):
+    make(flat / "bee" / "x.png")
+    with pytest.raises(CorruptFile, match="bee/x.png is named like an image, but is no file"): load_dataset(flat)
+
+
+@pytest.mark.parametrize("name", ["more", "x.png"])
+def test_folders_within_classes_are_said(flat, name):
+    (flat / "bee" / name).mkdir()
+    with pytest.raises(ValueError, match=f"bee holds the folders {name}, whose images would not be read"):
+        load_dataset(flat)
+
+
+def test_folders_beside_the_splits_are_said(ready):
+    (ready / "validation").mkdir()
+    with pytest.warns(UserWarning, match="validation left out; only train, test and valid"): load_dataset(ready)
+
+
+@pytest.mark.parametrize("name", ["a|b", "a\nb", " "])
+def test_names_of_classes_are_checked_when_they_come_in(flat, name):
+    (flat / "ant").rename(flat / name)
+    with pytest.raises(ValueError, match="cannot be the name of a class.*rename"): load_dataset(flat)
+    with pytest.raises(ValueError, match="cannot be the name of a class.*rename"):
+        stream_folder(flat, 8, [0.5] * 3, [0.5] * 3)
 
 
 def test_layouts_that_are_refused(flat, ready, tmp_path):

@@ -287,7 +287,8 @@ class Standard(nn.Conv2d):
         self.gain = nn.Parameter(torch.rand(8, 1, 1, 1) + 0.5)
 
     def forward(self, x):
-        weight = F.batch_norm(self.weight.reshape(1, 8, -1), None, None, weight=(self.gain * 0.3).view(-1), training=True)
+        scale = (self.gain * 0.3).view(-1)
+        weight = F.batch_norm(self.weight.reshape(1, 8, -1), None, None, weight=scale, training=True)
         return F.conv2d(x, weight.reshape_as(self.weight), self.bias)
 
 
@@ -296,7 +297,8 @@ class ScaledNorm(nn.Module):
         super().__init__()
         self.norm, self.gain = nn.BatchNorm2d(8), nn.Parameter(torch.rand(8, 1))
 
-    def forward(self, x): return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, (self.gain * 2).view(-1))
+    def forward(self, x):
+        return F.batch_norm(x, self.norm.running_mean, self.norm.running_var, (self.gain * 2).view(-1))
 
 
 class Last(nn.Module):
@@ -384,10 +386,11 @@ LAYERS = {
     "prelu, one slope": nn.PReLU(), "transposed": nn.ConvTranspose2d(8, 8, 2, stride=2),
     "grouped": nn.Conv2d(8, 8, 3, padding=1, groups=2), "multiplier": nn.Conv2d(8, 8, 3, groups=4, bias=False),
     "depthwise": nn.Conv2d(8, 8, 3, groups=8), "squeeze and excitation": Squeeze(), "scale and shift": Scaled(),
-    "tokens": Tokens(), "same padding": Same(8, 8, 3, stride=2), "standardised": Standard(8, 8, 3), "channels last": Last(),
+    "tokens": Tokens(), "same padding": Same(8, 8, 3, stride=2), "standardised": Standard(8, 8, 3),
+    "channels last": Last(),
     "attention": Attention(), "attention with positions": Attention(bias=True), "torch's attention": Tokens(),
-    "computed scale": ScaledNorm(), "dropout": nn.Dropout(), "shuffled pixels": nn.PixelShuffle(1), "functions": Functions(),
-    "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
+    "computed scale": ScaledNorm(), "dropout": nn.Dropout(), "shuffled pixels": nn.PixelShuffle(1),
+    "functions": Functions(), "weight norm": nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1)),
 }
 NETS = TRICKY | {name: Block(None) for name in LAYERS}
 for name, layer in LAYERS.items():
@@ -401,7 +404,8 @@ def test_tricky_networks_equal_the_oracle(name):
     anatomy, x = CATALOGUE[name], torch.randn(2, 3, 6, 6, generator=torch.Generator().manual_seed(0))
 
     @settings(max_examples=10, **RANDOM)
-    @given(st.sampled_from([["activation"], ["norm"], ["conv", "head"], ["activation", "conv", "linear"]]), SHARES, SEEDS)
+    @given(st.sampled_from([["activation"], ["norm"], ["conv", "head"], ["activation", "conv", "linear"]]),
+           SHARES, SEEDS)
     def check(kinds, share, seed): assert_equals_oracle(anatomy, random_masks(anatomy, kinds, share, seed), x)
 
     check()
@@ -430,7 +434,7 @@ def test_any_number_of_images(name):
 def test_heads_are_units(name):
     anatomy = CATALOGUE[name]
     site, = (n for n in kind_of_sites(anatomy.traced, "head"))
-    heads, width = site.meta["shape"][unit_axis(site)], 8
+    heads = site.meta["shape"][unit_axis(site)]
     keep = {site.meta["site"]: torch.arange(heads) == 1}
     left = {n: w.count() for n, w in anatomy.kept_weights(keep).items()}
     whole = {n: w.count() for n, w in anatomy.kept_weights({}).items()}

@@ -24,7 +24,8 @@ from modnb.similarity import AVERAGES, cosine_losses, mean_cosines
 from modnb.walk import Answers
 
 NAMES = [str(c) for c in range(4)]
-KNOBS = {"dataset": "digits", "root": "", "image_size": 16, "valid": 0, "flip": False, "train_limit": 8, "test_limit": 8}
+KNOBS = {"dataset": "digits", "root": "", "image_size": 16, "valid": 0, "flip": False, "train_limit": 8,
+         "test_limit": 8}
 EXAMPLE = torch.zeros(1, 3, 16, 16)
 
 
@@ -167,9 +168,11 @@ def test_invented_headers_end_in_one_error(written):
     if about["kind"] != "checkpoint": # which does not know its model; `load_weights` compares them
         for name in list(tensors)[:3]:
             tried(header, f"without tensor {name}", {n: t for n, t in tensors.items() if n != name})
-    survivors = [what for what in survivors if not isinstance(what, str) or what.split()[1] not in ("preparation", "network")]
-    told = {"preparation": dict, "network": dict, "about": dict, "run": dict, "rows": list, "history": list, "outputs": list,
-            "classes": list, "generation": int, "knobs": dict} # nothing in the file tells other values of these
+    harmless = ("preparation", "network")
+    survivors = [what for what in survivors if not isinstance(what, str) or what.split()[1] not in harmless]
+    told = {"preparation": dict, "network": dict, "about": dict, "run": dict, "rows": list, "history": list,
+            "outputs": list, "classes": list,
+            "generation": int, "knobs": dict} # nothing in the file tells other values of these
     assert all(isinstance(what[1], (told.get(what[0], ()), type(None))) for what in survivors), survivors
 
 
@@ -177,7 +180,8 @@ def test_a_small_file_cannot_ask_for_a_giant_network(parts, tmp_path):
     path, _ = module_file(parts, tmp_path / "m")
     tensors, about = pieces(path)
     for change in ({"width": 2000.0}, {"width": 1e12}, {"num_classes": 10**11}, {"image_size": 10**6}, {"depth": 3}):
-        save_tensors(path, tensors, "module", about["header"] | {"architecture": about["header"]["architecture"] | change})
+        architecture = about["header"]["architecture"] | change
+        save_tensors(path, tensors, "module", about["header"] | {"architecture": architecture})
         with pytest.raises(UnreadableFile, match=str(path)): load_module(path)
     path, read = trained_file(parts, tmp_path)
     tensors, about = pieces(path)
@@ -207,7 +211,7 @@ def test_loading_leaves_chance_and_threads_as_they_were(parts, tmp_path):
 
 
 def test_nothing_is_computed_from_what_is_no_number(parts):
-    model, masks, split = network(), *parts[1:]
+    model, split = network(), parts[2]
     logits, labels = torch.full((3, 4), torch.nan), torch.zeros(3, dtype=torch.long)
     for look in (accuracy, lambda *a: precision_recall(*a, 0), lambda *a: other_accuracy(*a, 1)):
         with pytest.raises(ValueError, match="12 logits are not finite, the first is nan at"): look(logits, labels)

@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from torch import nn
 
 from modnb.compat import import_torchvision
@@ -129,7 +128,8 @@ def test_another_network_refuses_masks_and_old_files_load(tmp_path):
     for kept in (known, ModuleMasks.load(tmp_path / "new"), known.only(["relu"])):
         extract(eighteen, kept.keep(), image)
         extract(nn.DataParallel(eighteen), kept.keep(), image)
-        with pytest.raises(ValueError, match=r"another network.*'layer1.2.conv1.weight' does not exist, here it has shape \[64"):
+        told = r"another network.*'layer1.2.conv1.weight' does not exist, here it has shape \[64"
+        with pytest.raises(ValueError, match=told):
             extract(deeper, kept.keep(), image)
     assert ModuleMasks.load(tmp_path / "old").network is None and ModuleMasks.load(tmp_path / "old") == known
     with pytest.raises(ValueError, match="'fc.weight' has shape"):

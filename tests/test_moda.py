@@ -348,8 +348,9 @@ positioned = pytest.mark.parametrize("kind", [Tokens, LastChannels])
 def hooked(model, images):
     "What the activations give, units last, without our code"
     seen = {}
-    hooks = [model.get_submodule(site).register_forward_hook(lambda layer, args, out, site=site: seen.update({site: out}))
-             for site in model.sites]
+    hooks = [
+        model.get_submodule(site).register_forward_hook(lambda layer, args, out, site=site: seen.update({site: out}))
+        for site in model.sites]
     logits = model(images)
     for hook in hooks: hook.remove()
     return logits, seen

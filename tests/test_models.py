@@ -313,14 +313,17 @@ def test_transformers_of_any_size_are_built_again_from_their_config(name, size, 
     assert all(weights.grad is not None and weights.grad.isfinite().all() for weights in model.parameters())
 
 
-@pytest.mark.parametrize("width, heads, units", [(1.0, 6, 384), (0.5, 3, 192), (0.25, 2, 96), (0.125, 1, 48), (0.01, 1, 4)])
+@pytest.mark.parametrize("width, heads, units", [
+    (1.0, 6, 384), (0.5, 3, 192), (0.25, 2, 96), (0.125, 1, 48), (0.01, 1, 4)])
 def test_heads_of_a_transformer_go_with_its_width(width, heads, units):
-    attention = [part for part in shapes("vit_small", width=width, depth=2).modules() if isinstance(part, nn.MultiheadAttention)]
+    attention = [part for part in shapes("vit_small", width=width, depth=2).modules()
+                 if isinstance(part, nn.MultiheadAttention)]
     assert [(part.num_heads, part.embed_dim) for part in attention] == [(heads, units)] * 2
 
 
 def test_blocks_of_a_convnext():
-    depthwise = lambda **options: [part.out_channels for part in convolutions(shapes("convnext_tiny", **options)) if part.groups > 1]
+    depthwise = lambda **options: [part.out_channels for part in convolutions(shapes("convnext_tiny", **options))
+                                   if part.groups > 1]
     assert depthwise() == [96] * 3 + [192] * 3 + [384] * 9 + [768] * 3
     assert depthwise(width=0.25, depth=2) == [24, 48, 96, 96, 192]
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from modnb.compat import import_torchvision
 from modnb.data import Split, batches, load_dataset
-from modnb.extract import extract, masked
+from modnb.extract import masked
 from modnb.lab.matrix import read_matrix, study_cells
 from modnb.lab.published import read_published
 from modnb.lab.running import notebook_parameters
@@ -694,7 +694,7 @@ def positions(images=5): return torch.randn(images, 3, 16, 16, generator=torch.G
 
 
 def test_which_layers_over_positions_have_a_generator():
-    assert maskable_sites(Tokens(), positions()) == {"up": 9, "down": 6, "wide": 7}, "not the head, which sees one token"
+    assert maskable_sites(Tokens(), positions()) == {"up": 9, "down": 6, "wide": 7}, "the head sees but one token"
     assert maskable_sites(LastChannels(), positions()) == {"depthwise": 6, "up": 9, "down": 6, "wide": 7}
     assert list(maskable_sites(Tokens(), positions(), first=True)) == ["patches", "up", "down", "wide"]
 
@@ -737,13 +737,15 @@ def test_losses_over_positions_reach_every_generator_and_a_shorter_step_is_the_s
     model, labels = build(), torch.tensor([0, 1, 1, 0, 1])
     modular = add_mask_generators(model, positions(), seed=0).eval()
     with torch.no_grad():
-        (logits, soft), (same, _) = (view(positions()) for view in (observe_masks(modular), fuse_scaling(observe_masks(modular))))
+        views = observe_masks(modular), fuse_scaling(observe_masks(modular))
+        (logits, soft), (same, _) = (view(positions()) for view in views)
     torch.testing.assert_close(logits, same)
     objective = MwT()
     _, terms = objective(logits, labels, soft)
     within, between = slow_mean_cosines([mask.double() for mask in soft.values()], labels)
     assert abs(terms["cohesion_loss"] - (1 - within)) < 1e-5 and abs(terms["coupling_loss"] - between) < 1e-5
-    objective(*(found := objective.prepare(modular.train(), positions())(positions()))[:1], labels, found[1])[0].backward()
+    trained, soft = objective.prepare(modular.train(), positions())(positions())
+    objective(trained, labels, soft)[0].backward()
     assert all(p.grad is not None for generator in mask_generators(modular).values() for p in generator.parameters())
 
 

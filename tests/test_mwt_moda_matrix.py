@@ -49,7 +49,8 @@ def configurations(table):
             for stage, settings in cell.stages.items():
                 notebook = stage.partition("@")[0]
                 if notebook.startswith("cnnsplitter"): continue
-                own = {name: value for name, value in parameters(notebook).items() if name != "batch_size"} # of counting
+                own = {name: value for name, value in parameters(notebook).items()
+                       if name != "batch_size"} # of counting
                 whole = ({} if stage in cell.alone else defaults | cell.train) | own | settings
                 for config in recorded(whole.get("system", "moda"), whole):
                     found.append((whole["model"], whole["dataset"], whole["system"], config))
@@ -126,7 +127,8 @@ def test_losses_follow_from_rows_of_two_networks():
     plain = config_for("mwt_table7", system="plain", metric="accuracy", **of)
     rows = []
     for pair in list(itertools.combinations("0123456789", 2))[:10]:
-        for system, metric, value, config in (("plain", "accuracy", 0.993, plain), ("mwt", "tuned_accuracy", 0.99, tuned)):
+        for system, metric, value, config in (
+                ("plain", "accuracy", 0.993, plain), ("mwt", "tuned_accuracy", 0.99, tuned)):
             about = describe_run("s", system, "vgg16", "cifar10", 0, config, run=system)
             rows += make_rows(about, {metric: value}, pair)
     found = beside(pandas.DataFrame(rows), "mwt_table7", draws=10)

@@ -129,6 +129,28 @@ def test_edited_files_are_refused_by_name(tmp_path, old, new, message):
     with pytest.raises(ValueError, match=f"rows.csv: {message}"): read_rows(path)
 
 
+@pytest.mark.parametrize("change, message", [
+    (lambda text: text.replace('"{""epochs"":1}"', "{bad"), "row 1, field 'config': is no JSON .* \\(line 2\\)"),
+    (lambda text: text.replace('"{""epochs"":1}"', "[]"), "row 1, field 'config': is '\\[\\]', not a JSON object"),
+    (lambda text: text.replace('""epochs"":1', '""epochs"":9'), "row 1, field 'config': does not fit config_hash"),
+    (lambda text: text.replace(config_hash({"epochs": 1}), "0123456789"),
+     "row 1, field 'config': does not fit .* '01234"),
+    (lambda text: "", "the file is empty, not even a heading"),
+    (lambda text: text.replace("study,", "run,", 1), "the heading names a column twice"),
+    (lambda text: text + "x" * 200_000, "field larger than field limit .*line"),
+])
+def test_damaged_files_are_refused_with_their_line(tmp_path, change, message):
+    path = write_rows(tmp_path / "rows.csv", [row(), row(seed=2)])
+    path.write_text(change(path.read_text()))
+    with pytest.raises(ValueError, match=f"rows.csv: {message}"): read_rows(path)
+
+
+def test_bytes_that_are_no_text_are_refused_with_their_line(tmp_path):
+    path = write_rows(tmp_path / "rows.csv", [row(), row(dataset="gar\u00e7on")])
+    path.write_bytes(path.read_bytes().replace("\u00e7".encode(), b"\xe7"))
+    with pytest.raises(ValueError, match="rows.csv: line 3 is no UTF-8 text"): read_rows(path)
+
+
 # Making rows
 
 
@@ -177,22 +199,22 @@ def checkout(folder, monkeypatch) -> None:
 
 
 def test_code_version(tmp_path, monkeypatch):
-    checkout(tmp_path, monkeypatch)
-    assert code_version() == modnb.__version__, "no checkout"
+    checkout(tmp_path, monkeypatch)  # a run asks once and remembers; here it is asked anew
+    assert code_version.__wrapped__() == modnb.__version__, "no checkout"
     git = ["git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@example.org"]
     subprocess.run([*git, "init", "-q"], check=True)
-    assert code_version() == modnb.__version__, "not tracked: a checkout of something else"
+    assert code_version.__wrapped__() == modnb.__version__, "not tracked: a checkout of something else"
     subprocess.run([*git, "add", "."], check=True)
     subprocess.run([*git, "commit", "-qm", "first"], check=True)
     commit = subprocess.run([*git, "rev-parse", "--short=7", "HEAD"], capture_output=True, text=True).stdout.strip()
-    assert code_version() == f"{modnb.__version__}+g{commit}"
+    assert code_version.__wrapped__() == f"{modnb.__version__}+g{commit}"
     (tmp_path / "modnb/__init__.py").write_text("changed = 1")
-    assert code_version() == f"{modnb.__version__}+g{commit}.dirty"
+    assert code_version.__wrapped__() == f"{modnb.__version__}+g{commit}.dirty"
 
 
 def test_without_git(monkeypatch):
     monkeypatch.setenv("PATH", "")
-    assert code_version() == modnb.__version__
+    assert code_version.__wrapped__() == modnb.__version__
 
 
 def test_hardware_names_threads(monkeypatch):

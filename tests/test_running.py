@@ -183,6 +183,14 @@ def test_what_is_no_experiment(tmp_path, content, message):
     with pytest.raises(ValueError, match=message): notebook_parameters(tmp_path / "x.ipynb")
 
 
+@pytest.mark.parametrize("name", ["{x}", "{", "{{epochs}}"])
+def test_braces_in_a_folder_are_only_braces(notebook, tmp_path, name):
+    "papermill would put a parameter there, or find none of that name."
+    run_notebook(notebook, tmp_path / name / "done.ipynb", {"epochs": 7})
+    assert '"epochs": 7' in outputs(tmp_path / name / "done.ipynb")
+    assert [path.name for path in (tmp_path / name).iterdir()] == ["done.ipynb"]
+
+
 def test_a_failing_notebook_is_kept(tmp_path):
     book = write(tmp_path / "bad.ipynb", IMPORTS, "x = 0", CHECK, "print('before')", "1 / x", "print('after')")
     with pytest.raises(NotebookFailed, match=r"bad.ipynb, cell \[6\]: ZeroDivisionError: division by zero\n.*out.ip"):
@@ -277,9 +285,48 @@ def test_every_combination_has_its_own_folder(tmp_path):
     ("studies: {a: {vary: {seed: []}}}", "must be a list"),
     ("studies: {a: {train: [3]}}", "'train' must be a dict"),
     ("studies: {a: {vary: {seed: [3]}, train: {seed: 3}}}", "'seed' stands under 'vary' and under 'train'"),
+    ("studies:\n  a: {}\n  b: {}\n  a: {}\n", "matrix.yaml, line 4: 'a' stands in line 2 already"),
+    ("studies:\n  a:\n    train: {lr: 0.1, lr: 0.2}\n", "matrix.yaml, line 3: 'lr' stands in line 3 already"),
+    ("studies:\n  7: {}\n", "matrix.yaml, line 2: the key '7' is no text; put quotes"),
+    ("studies:\n  a:\n    stages: {3: {}}\n", "matrix.yaml, line 3: the key '3' is no text; put quotes"),
+    ("studies:\n  a:\n    train:\n      lr: .nan\n", "matrix.yaml, line 4: .nan is no finite number"),
+    ("studies: {a: {train: {lr: -.inf}}}", "matrix.yaml, line 1: -.inf is no finite number"),
+    ("studies: {a: {train: {day: 2020-01-02}}}", "2020-01-02 would be a timestamp, which no parameter can be; text"),
+    ("studies: {a: {train: {seed: 010}}}", "010 is not how everybody writes a number"),
+    ("studies: {a: {train: {seed: 1:30}}}", "1:30 is not how everybody writes a number"),
+    ("studies: {a: {train: {augment: on}}}", "on would be true or false, so say that"),
+    ("studies:\n  a:\n    fills:\n      - [table4]\n", "line 4, study 'a': 'fills' names \\['table4'\\], no published"),
+    ("studies:\n  a:\n\n    vary: {seed: [[3]]}\n", "line 4, study 'a': 'seed' is \\[3\\], but a parameter is"),
+    ("studies: {a: {train: {lr: {a: 3}}}}", "'lr' is {'a': 3}, but a parameter"),
+    ("studies: {a: {stages: {s: {lr: [3]}}}}", "'lr' is \\[3\\], but a parameter"),
+    ("studies:\n  ../esc: {}\n", "line 2, study '../esc': '../esc' cannot be the name of a study"),
+    ("studies:\n  /tmp/esc: {}\n", "'/tmp/esc' cannot be the name of a study"),
+    ("studies: {networks: {}}", "'networks' cannot be the name of a study"),
+    ("studies: {a: {stages: {../s: {}}}}", "'../s' cannot be the name of a stage"),
+    ("studies: {a: {report: ../x}}", "'../x' cannot be the name of a report"),
+    ("studies: &a {a: *a}", "contains itself"),
+    ("studies: {a: " + "[" * 5000 + "]" * 5000 + "}", "too deep within each other"),
+    ("studies: {a: \x07}", "matrix.yaml is no YAML text"),
 ])
 def test_wrong_matrices_say_where(tmp_path, text, message):
     with pytest.raises(ValueError, match=message): read_matrix(matrix(tmp_path, text))
+
+
+@pytest.mark.parametrize("vary, count", [
+    (f"{{seed: [{', '.join(map(str, range(100_000)))}]}}", "100,000 cells"),
+    ("{" + ", ".join(f"k{n}: [{', '.join(map(str, range(1000)))}]" for n in range(3)) + "}", "1,000,000,000 cells"),
+])
+def test_products_are_counted_before_they_are_made(tmp_path, vary, count):
+    with pytest.raises(ValueError, match=f"line 2, study 'a': the lists under 'vary' multiply to {count}, more than"):
+        read_matrix(matrix(tmp_path, f"studies:\n  a: {{vary: {vary}}}\n"))
+
+
+def test_references_to_references_end(tmp_path):
+    letters = "abcdefghijklmnop"
+    lines = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in zip(letters, letters[1:], strict=False)]
+    text = "\n".join(["profiles:", "  a: &a [1]", *(f"  {line}" for line in lines), "studies: {s: {skip: *p}}"])
+    with pytest.raises(ValueError, match="matrix.yaml, line 8: what stands here comes to [0-9,]+ values"):
+        read_matrix(matrix(tmp_path, text))
 
 
 def test_unknown_studies_list_the_others(tmp_path):
@@ -287,6 +334,14 @@ def test_unknown_studies_list_the_others(tmp_path):
     with pytest.raises(ValueError, match="no study 'demos'. Did you mean 'demo'. There is: a, demo"):
         study_cells(studies, "demos")
     assert [cell.name for cell in study_cells(studies, "demo")] == ["run"]
+
+
+def test_conditions_that_choose_nothing_are_refused(tmp_path):
+    for wrong in ("skip: [{sytem: plain}]", "adjust: [{when: {sytem: plain}, train: {}}]",
+                  "stages: {s: {only: {sytem: plain}}}"):
+        studies = read_matrix(matrix(tmp_path, f"studies: {{a: {{vary: {{system: [plain]}}, {wrong}}}}}"))
+        with pytest.raises(ValueError, match="study 'a': .* has no parameter 'sytem'. Did you mean 'system'"):
+            study_cells(studies, "a", {"lr": 0.1})
 
 
 def test_repeated_values_are_refused(tmp_path):

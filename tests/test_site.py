@@ -124,8 +124,8 @@ def test_every_notebook_has_a_place():
               "findings/01_measured": "Findings", "90_files": "Utilities"}
     assert {name: group_of(Path(f"{name}.ipynb")) for name in places} == places
     assert list(PAGES)[0] == "index"
-    headings = ["Start here", "The ground", "Shared vocabulary", "CNNSplitter", "MwT", "MODA", "The lab", "Experiments",
-                "Findings", "Explanations", "Utilities"]
+    headings = ["Start here", "One call", "The ground", "Shared vocabulary", "CNNSplitter", "MwT", "MODA", "The lab",
+                "Experiments", "Findings", "Explanations", "Utilities"]
     assert list(build.groups()) == headings
 
 

@@ -27,6 +27,7 @@ from modnb.checkpoints import History, load_checkpoint, read_checkpoint
 from modnb.data import ImageData, Split, batches, load_dataset
 from modnb.devices import training_precision
 from modnb.files import load_tensors, save_tensors
+from modnb.locks import Taken, claimed_file
 from modnb.models import create_model
 from modnb.objectives import COLUMNS, CrossEntropy, Objective, Unobserved, WeightedTerms, rise
 from modnb.prediction import evaluate, predict
@@ -545,6 +546,15 @@ def test_a_failing_write_leaves_the_old_file(few, tmp_path, monkeypatch):
     assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"]
 
 
+def test_a_checkpoint_belongs_to_one_process(few, tmp_path):
+    path = tmp_path / "run.ckpt"
+    train(make_net(), few, epochs=1, checkpoint=path)
+    with claimed_file(path), pytest.raises(Taken, match=f"run.ckpt is being worked on by process {os.getpid()} "):
+        train(make_net(), few, epochs=1, checkpoint=path)
+    train(make_net(), few, epochs=1, checkpoint=path)
+    assert [file.name for file in tmp_path.iterdir()] == ["run.ckpt"], "given back"
+
+
 @pytest.mark.parametrize("knob, value, told", [
     ("epochs", 9, "epochs was 4 and is 9"), ("lr", 0.1, "lr was 0.05 and is 0.1"), ("seed", 5, "seed was 0 and is 5"),
     ("batch_size", 16, "batch_size was 32 and is 16"), ("augment", False, "augment was True and is False"),
@@ -686,6 +696,12 @@ def test_a_bad_knob_is_named(few, knobs, told):
     model = make_net()
     with pytest.raises(ValueError, match=told): train(model, few, **knobs)
     assert same(model, make_net())
+
+
+@pytest.mark.parametrize("precision", [torch.float64, torch.float16, torch.bfloat16])
+def test_weights_of_another_precision_are_refused(few, precision):
+    with pytest.raises(ValueError, match=f"is {precision}, but weights are trained in float32: pass model.float"):
+        train(make_net().to(precision), few)
 
 
 def test_data_and_models_that_do_not_fit_are_refused(few):

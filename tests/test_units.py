@@ -124,7 +124,8 @@ def test_unknown_sites_and_kinds():
 
 
 def test_an_observer_with_an_example_puts_units_into_dimension_1():
-    tokens = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.Flatten(2), nn.Linear(64, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(inplace=True))
+    tokens = nn.Sequential(nn.Conv2d(3, 4, 4, stride=4), nn.Flatten(2), nn.Linear(64, 6), nn.ReLU(),
+                           nn.Linear(6, 5), nn.ReLU(inplace=True))
     x = torch.randn(2, 3, 32, 32)
     assert site_axes(tokens, ["0", "3", "4"], x) == {"0": 1, "3": 2, "4": 2}
     _, seen = observe(tokens, ["0", "3", "4"], x)(x)

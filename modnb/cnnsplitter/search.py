@@ -32,6 +32,7 @@ from .sensitivity import PUBLISHED
 from .tournament import THRESHOLDS, Tournament, jaccard_distances, tournament
 from ..data import Split, images_per_class
 from ..files import digest, load_tensors, refuse_other_run, save_tensors
+from ..locks import claimed_file
 from ..masks import ModuleMasks
 from ..prediction import predict
 from ..progress import wants_progress
@@ -508,10 +509,10 @@ def search(
     grouping, sensitive = grouping.to(runner.device), None if sensitive is None else list(sensitive)
     about = describe_search(model, split, grouping, rules, sensitive, seed, runner.how, precision)
     whole = predict(model, split, precision="float32").T.contiguous() if rules.relative_goals else None
-    state = read_state(checkpoint, about, generator, runner.device)
-    bar = tqdm(total=generations + 1, initial=len(state.history) if state else 0, desc="generations",
-               disable=not wants_progress(progress))
-    with bar:
+    bar = tqdm(total=generations + 1, desc="generations", disable=not wants_progress(progress))
+    with claimed_file(checkpoint), bar:
+        state = read_state(checkpoint, about, generator, runner.device)
+        bar.initial = bar.n = len(state.history) if state else 0
         while not finished(state, generations, patience):
             state = next_generation(runner, grouping, rules, sensitive, state, generator, whole)
             if checkpoint is not None: write_state(checkpoint, about, state, generator)

@@ -361,14 +361,15 @@ def snakemake_words(
     "Write the command that runs the studies."
     slots = len(gpu_names(options.gpus)) * options.per_gpu
     jobs = options.jobs or slots or os.cpu_count() or 1
-    words = [sys.executable, "-m", "snakemake", "-s", str(Path(options.experiments) / "Snakefile"), "--keep-going",
-             "--rerun-incomplete", "--nolock"]
+    experiments, runs = Path(options.experiments).resolve(), Path(options.runs).resolve()
+    words = [sys.executable, "-m", "snakemake", "-s", str(experiments / "Snakefile"), "--directory", str(runs),
+             "--keep-going", "--rerun-incomplete", "--nolock"]
     if elsewhere(further): words += ["--jobs", str(options.jobs)] if options.jobs else []
     else:
         words += ["--cores", str(jobs), "--quiet", "rules", "host", "reason"]
         if slots: words += ["--resources", f"gpu={slots}"]
     words += further
-    return words + ["--config", f"study={options.study}", f"runs={Path(options.runs).resolve()}"]
+    return words + ["--config", f"study={options.study}", f"runs={runs}"]
 
 # %% ../../nbs/lab/10_commands.ipynb #63ac99ed
 def choose_hardware(
@@ -546,8 +547,13 @@ def main(
             from modnb.lab.check import check_command
             return check_command(options)
         commands = {"status": status_command, "report": report_command, "rehearse": rehearse_command}
-        return (commands | NETWORK_COMMANDS)[options.command](options)
-    except (ValueError, FileNotFoundError, NotebookFailed, Taken) as error:
+        code = (commands | NETWORK_COMMANDS)[options.command](options)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError: # who reads has seen enough, as in `modnb status all | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + 13
+    except (ValueError, OSError, NotebookFailed, Taken) as error: # such as a full disk
         print(error, file=sys.stderr)
         return {NotebookFailed: 1, Taken: 3}.get(type(error), 2)
 

@@ -372,7 +372,8 @@ class ForQuarto:
         if cell["cell_type"] == "markdown": cell.source = for_quarto(cell.source, self.notebook)
         for output in cell.get("outputs", []):
             data = output.get("data", {})
-            if "text/markdown" in data: data["text/markdown"] = for_quarto("".join(data["text/markdown"]), self.notebook)
+            if "text/markdown" in data:
+                data["text/markdown"] = for_quarto("".join(data["text/markdown"]), self.notebook)
             elif "text/html" in data: data["text/markdown"] = f"```{{=html}}\n{''.join(data.pop('text/html'))}\n```\n"
 
     def end(self): # behind the title

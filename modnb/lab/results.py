@@ -5,15 +5,16 @@
 # %% auto #0
 __all__ = ['Frame', 'FIELDS', 'MAY_BE_EMPTY', 'OF_RUN', 'SPLITS', 'UNITS', 'MEASURED_METRICS', 'PUBLISHED_METRICS', 'METRICS',
            'REHEARSING', 'REHEARSED', 'AGREE', 'WHOLE', 'COMPOSED', 'processor_name', 'hardware_name', 'git',
-           'code_version', 'only_rehearsed', 'describe_run', 'class_set', 'count_classes', 'make_rows', 'check_row',
-           'write_rows', 'rows_files', 'parse_row', 'read_rows', 'read_study', 'kept_rows', 'stage_layers',
-           'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions', 'refuse_mixed',
-           'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows', 'run_means', 'summarise',
-           'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text', 'compare', 'markdown_table',
-           'compare_systems']
+           'code_version', 'only_rehearsed', 'describe_run', 'class_set', 'count_classes', 'make_rows', 'config_error',
+           'check_row', 'write_rows', 'rows_files', 'parse_row', 'read_file', 'read_rows', 'read_study', 'kept_rows',
+           'stage_layers', 'read_layers', 'write_layers', 'layer_rows', 'decided_texts', 'say_less', 'contradictions',
+           'refuse_mixed', 'refuse_disagreement', 'say_most', 'counted_once', 'with_settings', 'swept_rows',
+           'run_means', 'summarise', 'change_rows', 'paired_rows', 'difference_rows', 'number_text', 'spread_text',
+           'compare', 'markdown_table', 'compare_systems']
 
 # %% ../../nbs/lab/03_results.ipynb #a233711f
 import csv
+import io
 import json
 import math
 import os
@@ -30,7 +31,7 @@ import torch
 import modnb
 from ..checks import did_you_mean
 from ..files import atomic_path
-from .matrix import ABOUT_METRICS, MEASURES, decided, decides
+from .matrix import ABOUT_METRICS, decided
 from .running import canonical, config_hash
 
 # %% ../../nbs/lab/03_results.ipynb #77fbcb7e
@@ -66,7 +67,8 @@ UNITS = ("fraction", "percentage points", "count", "multiply-adds", "seconds", "
 
 # %% ../../nbs/lab/03_results.ipynb #59ddc6b5
 MEASURED_METRICS, PUBLISHED_METRICS = (
-    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()} for part in ("measured", "published"))
+    {name: (fact["unit"], fact["means"]) for name, fact in ABOUT_METRICS[part].items()}
+    for part in ("measured", "published"))
 METRICS = MEASURED_METRICS | PUBLISHED_METRICS # metric -> (unit, meaning)
 
 # %% ../../nbs/lab/03_results.ipynb #fec1aff1
@@ -171,6 +173,19 @@ def make_rows(
     return [{field: (dict(run) | common | row)[field] for field in FIELDS} for row in rows]
 
 # %% ../../nbs/lab/03_results.ipynb #b0c8b123
+@cache
+def config_error(
+    config: str, # the column of a row
+    found: str, # its `config_hash`
+) -> str: # what is wrong; empty: nothing
+    "Say what is wrong with the settings of a row."
+    try: settings = json.loads(config)
+    except ValueError as error: return f"is no JSON ({error})"
+    if not isinstance(settings, dict): return f"is {config[:40]!r}, not a JSON object of settings"
+    if (right := config_hash(settings)) == found: return ""
+    return f"does not fit config_hash {found!r}, it has {right!r}: one of them was changed after the measurement"
+
+
 def check_row(
     row: Mapping[str, Any], # one row
     number: int, # for the message, from 1
@@ -192,6 +207,8 @@ def check_row(
         if kind is float and not math.isfinite(value): refuse(field, f"is {value!r}, not a finite number")
     for field, known in (("unit", UNITS), ("split", SPLITS)):
         if row[field] not in known: refuse(field, f"is {row[field]!r}, not one of {', '.join(map(repr, known))}")
+    if wrong := config_error(row["config"], row["config_hash"]): refuse("config", wrong)
+
 
 # %% ../../nbs/lab/03_results.ipynb #16a7aab4
 def write_rows(
@@ -236,23 +253,37 @@ def parse_row(
     return parsed
 
 # %% ../../nbs/lab/03_results.ipynb #ed614997
+def read_file(
+    path: Path, # of a file of rows
+) -> list[dict[str, Any]]: # its rows, checked; what is written once for a run is filled in
+    "Read the rows of one file; `ValueError` naming file, row, field and line if one is not valid."
+    content = path.read_bytes()
+    try: lines = csv.DictReader(io.StringIO(content.decode("utf-8"), newline=""))
+    except UnicodeDecodeError as error:
+        line = content.count(b"\n", 0, error.start) + 1
+        raise ValueError(f"{path}: line {line} is no UTF-8 text ({error.reason})") from None
+    if not lines.fieldnames: raise ValueError(f"{path}: the file is empty, not even a heading is there")
+    if len({*lines.fieldnames}) < len(lines.fieldnames): raise ValueError(f"{path}: the heading names a column twice")
+    rows, told = [], {}
+    try:
+        for number, row in enumerate(map(parse_row, lines), 1):
+            first = told.setdefault((row.get("run"), row.get("config_hash")), row)
+            row |= {f: first[f] for f in OF_RUN if f in first and row.get(f) in ("", None)}
+            check_row(row, number)
+            rows.append(row)
+    except (ValueError, csv.Error) as error: raise ValueError(f"{path}: {error} (line {lines.line_num})") from None
+    return rows
+
+
 def read_rows(
     paths: str | Path | Iterable[str | Path], # files, or folders that are searched for rows*.csv
 ) -> Frame: # columns `FIELDS`; a number that was not measured is NaN
     "Read rows of any number of files; `ValueError` naming file, row and field if one is not valid."
     import pandas
 
-    rows = []
-    for path in rows_files(paths):
-        with path.open(newline="", encoding="utf-8") as file:
-            told = {}
-            for number, row in enumerate(map(parse_row, csv.DictReader(file)), 1):
-                first = told.setdefault((row.get("run"), row.get("config_hash")), row)
-                row |= {f: first[f] for f in OF_RUN if f in first and row.get(f) in ("", None)}
-                try: check_row(row, number)
-                except ValueError as error: raise ValueError(f"{path}: {error}") from None
-                rows.append(row)
+    rows = [row for path in rows_files(paths) for row in read_file(path)]
     return pandas.DataFrame(rows, columns=list(FIELDS)).astype({"value": float, "seconds": float, "seed": int})
+
 
 # %% ../../nbs/lab/03_results.ipynb #7ab6d0ea
 def read_study(
@@ -394,7 +425,7 @@ def refuse_mixed(
                          f"them out (`with_settings`), or name in `may_differ` what may be averaged over.")
 
 # %% ../../nbs/lab/03_results.ipynb #1479d701
-AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repetitions
+AGREE = {"fraction": (0.01, 0.0), "percentage points": (1.0, 0.0)} # unit -> (absolute, relative) difference of repeats
 
 
 def refuse_disagreement(
@@ -403,16 +434,18 @@ def refuse_disagreement(
 ) -> None:
     "Refuse repetitions that found something else: `ValueError` naming both; times are never the same."
     others = rows.loc[first].set_axis(rows.index)
-    limits = rows["unit"].map(lambda unit: AGREE.get(unit, (0.0, 0.01)))
-    near = (rows["value"] - others["value"]).abs() <= limits.str[0] + limits.str[1] * others["value"].abs()
+    absolute, relative = (
+        rows["unit"].map(lambda unit, part=part: AGREE.get(unit, (0.0, 0.01))[part]) for part in (0, 1))
+    near = (rows["value"] - others["value"]).abs() <= absolute + relative * others["value"].abs()
     near |= rows["unit"].isin(["seconds", "milliseconds"]) | (rows["config_hash"] == others["config_hash"])
     for index in rows.index[~near & rows["value"].notna() & others["value"].notna()]:
         one, two = others.loc[index], rows.loc[index]
         own, its = json.loads(one["config"]), json.loads(two["config"])
         apart = [f"{name} {own.get(name, 'none')} and {its.get(name, 'none')}" for name in sorted({*own, *its})
                  if own.get(name) != its.get(name)]
-        raise ValueError(f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
-                         f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
+        raise ValueError(
+            f"{one['run']}: two stages found {one['value']:.6g} and {two['value']:.6g} for {one['metric']} of "
+            f"{one['classes']}, although nothing that decides it differs; the stages: {', '.join(apart)}")
 
 # %% ../../nbs/lab/03_results.ipynb #37938520
 def say_most(
@@ -519,21 +552,22 @@ def paired_rows(
     metric: str, # whose deciding settings have to be the same
     apart: Sequence[str] = (), # settings that may differ
 ) -> Frame: # rows that have a counterpart, with its value as `other`
-    "Find the same model, images, seed and classes in other rows, made with the same settings as far as both record them."
+    "Find the same model, images, seed and classes in other rows, with the same settings as far as both record them."
     place = ["model", "dataset", "seed", "classes", "split"]
     pairs = rows.merge(others[[*place, "config", "value"]], on=place, suffixes=("", "_other"))
     told = {text: decided(metric, json.loads(text)) for text in {*pairs["config"], *pairs["config_other"]}}
     names = lambda own, its: (told[own].keys() & told[its].keys()) - {*apart}
     alike = {(own, its): all(told[own][name] == told[its][name] for name in names(own, its))
              for own, its in set(zip(pairs["config"], pairs["config_other"], strict=True))}
-    fits = [number for number, pair in enumerate(zip(pairs["config"], pairs["config_other"], strict=True)) if alike[pair]]
+    both = zip(pairs["config"], pairs["config_other"], strict=True)
+    fits = [number for number, pair in enumerate(both) if alike[pair]]
     found = pairs.iloc[fits].drop_duplicates(["run", "study", "config", "classes", "split"])
     return found.drop(columns="config_other").rename(columns={"value_other": "other"})
 
 # %% ../../nbs/lab/03_results.ipynb #992eeec2
 def difference_rows(
     rows: Frame, # from `read_rows`, of any number of studies
-) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, as far as rows give them
+) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, where rows give them
     "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
     import pandas
 

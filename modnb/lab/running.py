@@ -166,10 +166,11 @@ def execute(
     from papermill import PapermillExecutionError, execute_notebook
     from traitlets.config import Config
 
-    where = f"\n  executed notebook: {output}"
-    try:
-        execute_notebook(path, output, parameters, progress_bar=False, cwd=cwd, start_timeout=KERNEL_START,
-                         execution_timeout=timeout, config=Config(KernelManager=kernel_settings(private)))
+    where, literal = f"\n  executed notebook: {output}", lambda name: str(name).replace("{", "{{").replace("}", "}}")
+    try: # papermill would fill {names} in paths in, here they are taken as they are written
+        execute_notebook(literal(path), literal(output), parameters, progress_bar=False, cwd=cwd,
+                         start_timeout=KERNEL_START, execution_timeout=timeout,
+                         config=Config(KernelManager=kernel_settings(private)))
     except PapermillExecutionError as error:
         raise NotebookFailed(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}{where}") from None
     except (DeadKernelError, CellTimeoutError) as error: raise NotebookFailed(f"{path.name}: {error}{where}") from None

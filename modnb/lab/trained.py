@@ -124,10 +124,12 @@ class Trained:
         return {"augment": True, "generator": torch.Generator(self.device).manual_seed(self.run["seed"])}
 
 # %% ../../nbs/lab/05_trained.ipynb #1217e206
-HEADER = {"type": "object", "required": ["model", "classes", "knobs", "run"], "properties": {
-    "model": {"type": "object", "required": ["name"]}, "classes": NAMES, "run": {"type": "object", "required": ["system"]},
-    "knobs": {"type": "object", "required": ["dataset", "root", "image_size", "valid", "flip", "train_limit", "test_limit"],
-              "properties": {"dataset": {"type": "string"}, "root": {"type": ["string", "null"]}}}}} # of a file, as JSON Schema
+HEADER = {"type": "object", "required": ["model", "classes", "knobs", "run"], "properties": { # as JSON Schema
+    "model": {"type": "object", "required": ["name"]}, "classes": NAMES,
+    "run": {"type": "object", "required": ["system"]},
+    "knobs": {"type": "object",
+              "required": ["dataset", "root", "image_size", "valid", "flip", "train_limit", "test_limit"],
+              "properties": {"dataset": {"type": "string"}, "root": {"type": ["string", "null"]}}}}}
 
 
 def load_trained(

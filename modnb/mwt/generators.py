@@ -22,8 +22,8 @@ from ..checks import choose
 from ..maps import scale_maps, with_means
 from ..metrics import count_weights
 from modnb.units import (
-    CONV_LAYERS, function_name, kind_of_sites, layer_of, name_sites, observe, opaque, overwritten, tap, trace, trace_graph,
-    unit_axis,
+    CONV_LAYERS, function_name, kind_of_sites, layer_of, name_sites, observe, opaque, overwritten, tap, trace,
+    trace_graph, unit_axis,
 )
 
 # %% ../../nbs/mwt/00_generators.ipynb #c7719a73
@@ -95,7 +95,7 @@ def maskable_nodes(
     example: Tensor, # [B, C, H, W], only its shape matters
     first: bool = False, # the first of them too
 ) -> list[fx.Node]: # with names and shapes, in order of execution
-    "Find convolutions, with their batch normalisation, and linear layers over positions; ValueError where there is none."
+    "Find convolutions, with their batch normalisation, and linear layers over positions; ValueError if there is none."
     traced = trace(model, example)
     found = {*kind_of_sites(traced, "norm"), *kind_of_sites(traced, "pointwise")}
     nodes = [node for node in traced.graph.nodes if node in found]
@@ -126,7 +126,7 @@ def trace_modes(
 
 def parting(
     graphs: Sequence[fx.GraphModule], # two
-) -> tuple[str, str, str] | None: # the step in either graph, and the path of the layer it is in; None where all are alike
+) -> tuple[str, str, str] | None: # the step in either graph, and the path of its layer; None where all are alike
     "Find the first step in which two graphs differ."
     told = lambda n: n and f"{n.name} = {n.target}{n.args}{n.kwargs}"
     for nodes in zip_longest(*(traced.graph.nodes for traced in graphs)):
@@ -148,8 +148,8 @@ def trace_for_both_modes(
         layer = model.get_submodule(path)
         if not path or any(f"{site}.".startswith(f"{path}.") for site in sites):
             where = f"'{path}' ({type(layer).__name__})" if path else type(layer).__name__
-            raise ValueError(f"{where} computes '{trained}' in training, but '{used}' in evaluation. Use a layer such as "
-                             "nn.Dropout there, or keep its class whole by modnb.units.opaque(LayerClass)")
+            raise ValueError(f"{where} computes '{trained}' in training, but '{used}' in evaluation. Use a layer such "
+                             "as nn.Dropout there, or keep its class whole by modnb.units.opaque(LayerClass)")
         whole.append(type(layer))
     graphs[1].training = model.training
     return graphs[1]
