@@ -158,7 +158,7 @@ def test_a_table_with_an_empty_cell_fails(tmp_path, capsys):
     folder = toys(tmp_path / "e", matrix)
     assert main(["rehearse", "mwt_table2", "--experiments", str(folder), "--runs", str(tmp_path / "runs")]) == 1
     said = capsys.readouterr().out
-    assert "mwt_table2" in said and "EMPTY" in said and "no such row" in said and "0 failed" in said.splitlines()[-1]
+    assert "mwt_table2" in said and "EMPTY" in said and "no row of plain kernels" in said and "0 failed" in said.splitlines()[-1]
 
 
 def test_a_killed_rehearsal_goes_on(tmp_path):
