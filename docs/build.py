@@ -281,10 +281,10 @@ def build_site() -> None:
 def headline_rows():
     "What the picture of the front page shows: rows about whole networks, and the published numbers beside them"
     from modnb.lab.figures import HEADLINE
-    from modnb.lab.reports import published_beside, table_rows
+    from modnb.lab.reports import of_seeds, published_beside, table_rows
     from modnb.lab.results import kept_rows
 
-    rows = table_rows(kept_rows(ROOT / "results", "cifar10_small"))
+    rows = of_seeds(table_rows(kept_rows(ROOT / "results", "cifar10_small")))
     return rows[rows["metric"].isin(HEADLINE) & (rows["classes"] == "all")], published_beside(rows)
 
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Frame', 'SIZES_STYLES', 'STANDS_FOR', 'SHORT', 'rows_at', 'gather_rows', 'decided_settings', 'settings_apart',
-           'label_systems', 'at_threshold', 'table_rows', 'study_table', 'repairs_table', 'comparable_rows',
+           'label_systems', 'at_threshold', 'table_rows', 'of_seeds', 'study_table', 'repairs_table', 'comparable_rows',
            'published_figure', 'sizes_table', 'sizes_figure', 'sweep_figure', 'published_beside', 'published_text',
            'short_table', 'picture', 'table_html', 'text_part', 'table_part', 'figure_part', 'write_parts',
            'write_report', 'named_histories']
@@ -118,6 +118,14 @@ def table_rows(
     own = own[~(with_all & own["run"].isin(few))]
     timed = own["unit"].isin(["seconds", "milliseconds"])
     return own if own.loc[timed, "hardware"].nunique() < 2 else own[~timed]
+
+
+def of_seeds(
+    rows: Frame, # of one study
+    least: int = 3, # seeds
+) -> Frame: # numbers of a system and a network that so many seeds were measured for
+    "Select what a front page may say."
+    return rows[rows.groupby(["system", "model", "metric", "split"], dropna=False)["seed"].transform("nunique") >= least]
 
 
 def study_table(
