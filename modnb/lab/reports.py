@@ -125,7 +125,8 @@ def of_seeds(
     least: int = 3, # seeds
 ) -> Frame: # numbers of a system and a network that so many seeds were measured for
     "Select what a front page may say."
-    return rows[rows.groupby(["system", "model", "metric", "split"], dropna=False)["seed"].transform("nunique") >= least]
+    same = rows.groupby(["system", "model", "metric", "split"], dropna=False)
+    return rows[same["seed"].transform("nunique") >= least]
 
 
 def study_table(
