@@ -42,7 +42,8 @@ def trained(tmp_path_factory) -> Path:
 
 def test_training_leaves_rows_weights_and_history(trained):
     rows = read_rows(trained / "rows_train.csv").set_index("metric")
-    assert set(rows.index) == {"accuracy", "training_time", "step_time", "parameters"}
+    assert set(rows.index) == {"accuracy", "training_time", "epoch_time", "epochs", "step_time", "parameters", "kernels",
+                               "multiply_adds"}
     assert rows.loc["accuracy", "split"] == "test" and 0 <= rows.loc["accuracy", "value"] <= 1
     assert (rows["run"] == "moda-small").all() and (rows["system"] == "moda").all() and (rows["seed"] == 3).all()
     config = json.loads(rows["config"].iloc[0])
@@ -63,7 +64,7 @@ def test_taking_apart_and_reporting(trained):
     assert counts == {"accuracy": 4, "composed_accuracy": 4, "renormalised_accuracy": 4, "composed_size": 4,
                       "composed_flops": 4, "latency": 2, "composed_latency": 2, "kernel_retention": 11,
                       "module_size": 11, "masked_retention": 1, "overlap": 1, "coupling": 1, "cohesion": 1,
-                      "modularizing_time": 1}
+                      "modularizing_time": 1, "total_time": 1}
     assert (rows["run"] == "moda-small").all() and (rows["study"] == "mine").all() and rows["value"].notna().all()
     subtasks = [draw_subtasks([str(digit) for digit in range(10)], size, 2) for size in (2, 3)]
     composed = rows[rows.metric == "composed_accuracy"].classes

@@ -283,7 +283,7 @@ def test_bad_input():
 def test_masks_of_another_model_are_refused():
     strong, masks = make_strong()
     example = torch.zeros(2, 3, 16, 16)
-    with pytest.raises(ValueError, match="belong to another model"):
+    with pytest.raises(ValueError, match="10 outputs for the 3 classes"):
         class_module(create_model("vgg12", 10, width=0.0625), masks, "bee", example)
     with pytest.raises(ValueError, match="units"):
         class_module(create_model("vgg12", 3, width=0.125), masks, "bee", example)

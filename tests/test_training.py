@@ -799,7 +799,7 @@ def test_a_subtask_is_evaluated_on_its_own_columns(classes):
 def test_outputs_that_do_not_fit_the_split_are_refused(few):
     model, task = make_net(), few.test.subtask([1, 3])
     assert 0 <= evaluate(model, task, columns=[1, 3]) <= 1
-    for told, bad in (("10 logits for the 2 classes", {}), ("1 logits for the 2", dict(columns=[1])),
+    for told, bad in (("10 outputs for the 2 classes", {}), ("1 outputs for the 2", dict(columns=[1])),
                       ("0 to 9", dict(columns=[1, 10])), ("different numbers", dict(columns=[1, 1])),
                       ("logits must be", dict(columns=[1, 3], logits=torch.zeros(3, 10)))):
         with pytest.raises(ValueError, match=told): evaluate(model, task, **bad)
