@@ -99,10 +99,12 @@ def test_coverage_says_why():
     here = ("mwt_table2", "vgg16 cifar10", "mwt", "accuracy")
     assert not found.loc[here, "filled"] and "width 0.25 instead of 1" in found.loc[here, "reason"]
     assert found.loc[("mwt_table2", "vgg16 svhn", "mwt", "coupling"), "reason"] == "no row of mwt coupling"
-    tiny = coverage(rows, rehearsed=True).set_index(["table", "line", "system", "metric"])
-    assert tiny.loc[here, ["filled", "study", "stage"]].tolist()[:2] == [True, "mwt_published"]
-    other = coverage(small(lr=0.3), rehearsed=True)
-    assert not other.filled.any(), "what is no matter of size still counts"
+    assert not coverage(rows, rehearsed=True).filled.any(), "a rehearsal puts its settings back to those of the study"
+    study = made_up.study_rows("moda_published")
+    timed = study[(study.metric == "training_time") & (study.model == "resnet18")]
+    there = [coverage(timed, rehearsed=rehearsed) for rehearsed in (False, True)]
+    assert [found.filled.sum() for found in there] == [0, 6], "on another machine than the paper's"
+    assert set(there[1][there[1].filled].study) == {"moda_published"} and set(there[1][there[1].filled].stage) == {"train"}
 
 
 def test_reports_of_files(tmp_path):
