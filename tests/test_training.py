@@ -800,7 +800,7 @@ def test_outputs_that_do_not_fit_the_split_are_refused(few):
     model, task = make_net(), few.test.subtask([1, 3])
     assert 0 <= evaluate(model, task, columns=[1, 3]) <= 1
     for told, bad in (("10 outputs for the 2 classes", {}), ("1 outputs for the 2", dict(columns=[1])),
-                      ("0 to 9", dict(columns=[1, 10])), ("different numbers", dict(columns=[1, 1])),
+                      ("between 0 and 9", dict(columns=[1, 10])), ("different numbers", dict(columns=[1, 1])),
                       ("logits must be", dict(columns=[1, 3], logits=torch.zeros(3, 10)))):
         with pytest.raises(ValueError, match=told): evaluate(model, task, **bad)
     for empty in (lambda: predict(model, few.test.select([])),
