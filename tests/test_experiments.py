@@ -42,8 +42,8 @@ def trained(tmp_path_factory) -> Path:
 
 def test_training_leaves_rows_weights_and_history(trained):
     rows = read_rows(trained / "rows_train.csv").set_index("metric")
-    assert set(rows.index) == {"accuracy", "training_time", "epoch_time", "epochs", "step_time", "parameters", "kernels",
-                               "multiply_adds"}
+    assert set(rows.index) == {"accuracy", "training_time", "epoch_time", "epochs", "step_time", "parameters",
+                               "kernels", "multiply_adds"}
     assert rows.loc["accuracy", "split"] == "test" and 0 <= rows.loc["accuracy", "value"] <= 1
     assert (rows["run"] == "moda-small").all() and (rows["system"] == "moda").all() and (rows["seed"] == 3).all()
     config = json.loads(rows["config"].iloc[0])
