@@ -85,7 +85,7 @@ def test_taking_apart_and_reporting(trained):
     table = compare_systems(read_study(study))
     assert all(label in text and cell in text for label, cell in table["moda"].items())
     assert (study / "masks.png").stat().st_size < 300_000
-    assert len(read_rows(study / "all_rows.csv")) == len(rows) + 4
+    assert len(read_rows(study / "all_rows.csv")) == len(rows) + 8
 
 
 def test_modules_of_mwt_are_those_of_its_generators(tmp_path):

@@ -104,7 +104,8 @@ def test_coverage_says_why():
     timed = study[(study.metric == "training_time") & (study.model == "resnet18")]
     there = [coverage(timed, rehearsed=rehearsed) for rehearsed in (False, True)]
     assert [found.filled.sum() for found in there] == [0, 6], "on another machine than the paper's"
-    assert set(there[1][there[1].filled].study) == {"moda_published"} and set(there[1][there[1].filled].stage) == {"train"}
+    filled = there[1][there[1].filled]
+    assert set(filled.study) == {"moda_published"} and set(filled.stage) == {"train"}
 
 
 def test_reports_of_files(tmp_path):
