@@ -175,7 +175,8 @@ def test_search_benchmark_runs_every_way(tmp_path):
 
 
 def test_agreement_benchmark_compares_the_loops(tmp_path):
-    run_notebook(EXPERIMENTS / "speed_agreement.ipynb", tmp_path / "speed.ipynb", {"seeds": 2, "bfloat16": True, "out": str(tmp_path)})
+    asked = {"seeds": 2, "bfloat16": True, "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "speed_agreement.ipynb", tmp_path / "speed.ipynb", asked)
     rows = read_rows(tmp_path / "rows.csv")
     accuracy = rows[rows.metric == "accuracy"]
     assert len(accuracy) == 3 * 2 * 3 and accuracy.value.between(0.05, 1).all()
