@@ -1,6 +1,6 @@
 """Builds README.md, the site where Quarto is not installed, and the sidebar for Quarto where it is.
 
-    python docs/build.py readme|site|sidebar|refresh
+    python docs/build.py readme|experiments|site|sidebar|refresh
 
 nbdev does a part of it (links to definitions, hidden cells) by its Python functions. Its commands `nbdev_docs` and
 `nbdev_readme` would install Quarto system-wide, so they are not called from here.
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pages import NBS, ROOT, groups, heading, page_name, pages, quarto_sidebar  # noqa: E402
 
-from modnb.lab.definitions import module_of, origin  # noqa: E402
+from modnb.lab.definitions import module_of, origin, run_file  # noqa: E402
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -32,6 +33,25 @@ CALLOUT = re.compile(r"^:::+ *\{ *\.callout-(?P<kind>\w+)(?P<options>[^}]*)\} *\
 SIGNATURE = re.compile(r"^``` \{\.python \.signature\}\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 DIV = re.compile(r"^:::+ *\{ *[.#].*\} *$", re.MULTILINE)
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif")
+
+
+def run_experiment(notebook: Path) -> None:
+    "Run one with its own values, unless that run is kept; where it fails, its page shows code alone"
+    from modnb.lab.running import NotebookFailed, run_notebook
+
+    kept = run_file(notebook)
+    if kept.exists(): return
+    for older in kept.parent.glob(f"{notebook.stem}-??????????.ipynb"): older.unlink()
+    (ROOT / "_proc/experiments" / notebook.name).unlink(missing_ok=True)  # what nbdev kept of the page
+    with TemporaryDirectory() as folder:
+        try: shutil.copy(run_notebook(notebook, Path(folder) / notebook.name, cwd=folder), kept)
+        except NotebookFailed as error: print(f"no run for the page of {error}")
+
+
+def run_experiments() -> None:
+    "What the pages of experiments show, two at a time"
+    (ROOT / "build/runs").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(2) as pool: list(pool.map(run_experiment, sorted((NBS / "experiments").glob("*.ipynb"))))
 
 
 # One notebook, prepared by nbdev
@@ -317,7 +337,8 @@ def refresh() -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["readme"]: (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
+        case ["experiments"]: run_experiments()
         case ["site"]: build_site()
         case ["sidebar"]: (NBS / "sidebar.yml").write_text(quarto_sidebar(), encoding="utf-8")
         case ["refresh"]: refresh()
-        case _: sys.exit("usage: python docs/build.py readme|site|sidebar|refresh")
+        case _: sys.exit("usage: python docs/build.py readme|experiments|site|sidebar|refresh")

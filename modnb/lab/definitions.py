@@ -6,10 +6,12 @@
 __all__ = ['FUNCTION', 'ROOT', 'comments', 'Line', 'written', 'arguments', 'parameters', 'signature', 'Definition', 'named',
            'first_keyword', 'of_function', 'of_class', 'definitions', 'constants', 'in_table', 'table', 'markdown',
            'cell_markdown', 'repository', 'lines_of', 'source_line', 'module_of', 'ShowExports', 'outside_links',
-           'lookup', 'link_names', 'repository_link', 'for_quarto', 'origin', 'ForQuarto']
+           'lookup', 'link_names', 'repository_link', 'for_quarto', 'origin', 'ForQuarto', 'ingredients', 'run_file',
+           'ShowRun']
 
 # %% ../../nbs/lab/14_definitions.ipynb #4dc5a731
 import ast
+import hashlib
 import io
 import re
 import tokenize
@@ -380,3 +382,31 @@ class ForQuarto:
         from execnb.nbio import mk_cell
 
         if self.notebook.name != "index.ipynb": self.cells.insert(1, mk_cell(self.origin, "markdown"))
+
+# %% ../../nbs/lab/14_definitions.ipynb #60a004d3
+@cache
+def ingredients() -> str: # hexadecimal
+    "What a run depends on besides its notebook: the package, and the rows that are kept."
+    files = sorted([*ROOT.glob("modnb/**/*.py"), *ROOT.glob("results/*.csv")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def run_file(
+    notebook: Path, # an experiment
+) -> Path: # there or not
+    "Where the run of an experiment with its own values is kept."
+    digest = hashlib.sha256(ingredients().encode() + notebook.read_bytes()).hexdigest()[:10]
+    return ROOT / "build/runs" / f"{notebook.stem}-{digest}.ipynb"
+
+
+class ShowRun:
+    "Processor of nbdev: an experiment gets the outputs of its run, without what it wrote about its progress."
+
+    def __init__(self, nb: dict):
+        path = Path(nb.path_).resolve()
+        if path.parent != ROOT / "nbs/experiments" or not run_file(path).exists(): return
+        from execnb.nbio import read_nb
+
+        for cell, ran in zip(nb.cells, read_nb(run_file(path)).cells, strict=True):
+            if cell.cell_type == "code": cell.outputs = [o for o in ran.outputs if o.get("name") != "stderr"]
+        nb.cells[1].source += "\n\n*The outputs on this page are those of a run with the values on it, made for this page.*"
