@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pages import NBS, ROOT, groups, heading, page_name, pages, quarto_sidebar  # noqa: E402
 
-from modnb.lab.definitions import module_of, origin, run_file  # noqa: E402
+from modnb.lab.definitions import run_file  # noqa: E402
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -147,23 +147,6 @@ def convert_cell(cell: dict) -> dict | None:
     return cell
 
 
-def plain(text: str) -> str:
-    "The last paragraph of a text without its markup, as far as an alternative text should go"
-    words = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`$]", r"\1", text.strip().split("\n\n")[-1])
-    return " ".join(words.split())[:300]
-
-
-def describe_pictures(cells: list[dict]) -> int:
-    "Give pictures without a text of their own the paragraph in front of them; the number of those"
-    said, missing = "", 0
-    for cell in cells:
-        if cell["cell_type"] == "markdown": said = cell["source"]
-        elif has_picture(cell) and "image" not in cell["metadata"].get("mystnb", {}):
-            cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": plain(said) or "Figure"}
-            missing += 1
-    return missing
-
-
 def convert_notebook(notebook: Path) -> dict:
     "One notebook, ready for Sphinx or nbconvert; its links are still those of the notebook"
     converted = process(NBS / notebook)
@@ -236,39 +219,16 @@ def readme_text() -> str:
     return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
 
 
-def write_page(page: str, notebook: Path, source: Path) -> int:
-    "Write one page for Sphinx; the number of its pictures without a text of their own"
+def write_page(page: str, notebook: Path, source: Path) -> None:
+    "Write one page for Sphinx"
     import nbformat
-    from execnb.nbio import read_nb
-    from nbdev.process import NBProcessor
 
     converted = convert_notebook(notebook)
-    missing = describe_pictures(converted.cells)
     link_pages(converted, notebook)
-    for cell in converted.cells:
-        if cell["cell_type"] == "markdown" and "|---" in cell["source"].replace(" ", ""):
-            cell["source"] = mark_numbers(cell["source"])
     if page == "index": converted.cells.append(nbformat.v4.new_markdown_cell(toctrees()))
-    else:
-        module = module_of(NBProcessor(nb=read_nb(NBS / notebook), rm_directives=False).nb)
-        first = next(cell for cell in converted.cells if cell["cell_type"] == "markdown")
-        first["source"] = re.sub(r"\A(# .+(?:\n\n\*.+\*)?)", rf"\1\n\n{origin(notebook, module)}", first["source"])
     target = source / f"{page}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(converted, target)
-    return missing
-
-
-def mark_numbers(text: str) -> str:
-    "Tables of numbers in a container of their own, in which no number is broken"
-    def wrap(found: re.Match) -> str:
-        cells = [c.strip() for row in found[0].strip().split("\n")[2:] for c in row.strip("|").split("|")[1:]]
-        filled = [c for c in cells if c]
-        numbers = [c for c in filled if re.match(r"[-+]?[\d.]", c)]
-        if len(numbers) * 2 < len(filled) or not filled: return found[0]
-        return f"::::{{container}} numbers\n\n{found[0].strip()}\n\n::::\n"
-
-    return re.sub(r"(?:^\|.*\n?)+", wrap, text, flags=re.MULTILINE)
 
 
 def toctrees() -> str:
@@ -284,7 +244,7 @@ def build_site() -> None:
     "Convert all notebooks and let Sphinx make _docs/ of them; a warning stops it"
     with TemporaryDirectory() as folder:
         source = Path(folder) / "site"
-        missing = {notebook: write_page(page, notebook, source) for page, notebook in pages().items()}
+        for page, notebook in pages().items(): write_page(page, notebook, source)
         for picture in (p for p in NBS.rglob("*") if p.suffix in PICTURES and "runs" not in p.parts):
             (source / picture.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, source / picture.relative_to(NBS))
@@ -293,9 +253,7 @@ def build_site() -> None:
         if ran.returncode: sys.exit("the site was not built: Sphinx warned, see above")
         shutil.rmtree(ROOT / "_docs", ignore_errors=True)
         shutil.move(f"{folder}/html", ROOT / "_docs")
-    lacking = [f"{notebook} ({count})" for notebook, count in missing.items() if count]
-    if lacking: print("pictures without `#| fig-alt:` have the paragraph in front of them instead:", ", ".join(lacking))
-    print(f"{len(missing)} pages: open {ROOT / '_docs/index.html'}")
+    print(f"{len(pages())} pages: open {ROOT / '_docs/index.html'}")
 
 
 def headline_rows():

@@ -20,7 +20,7 @@ extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = settings["title"]
 html_static_path = ["static", "../nbs/site.css"]
-html_css_files, html_js_files = ["site.css", "furo.css"], ["offline.js"]
+html_css_files, html_js_files = ["site.css", "furo.css"], ["site.js"]
 html_favicon = html_logo = "../nbs/images/logo.svg"
 html_copy_source = False
 html_show_sphinx = False

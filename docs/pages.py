@@ -11,9 +11,9 @@ NBS = ROOT / "nbs"
 
 START = ["index", "explanations/five_minutes", "explore", "tutorials/take_apart", "tutorials/one_call"]
 FOLDERS = {"tutorials": "Use", "explanations": "Understand", "experiments": "Experiments", "findings": "Results",
-           "lab": "Reference: the lab"}  # any other folder is a method
-TOP = {"0": "Reference: the ground", "1": "Reference: shared vocabulary", "2": "Reference: one call",
-       "9": "Reference: utilities"}  # first digit of a notebook
+           "lab": "Reference: The lab"}  # any other folder is a method
+TOP = {"0": "Reference: The ground", "1": "Reference: Shared vocabulary", "2": "Reference: One call",
+       "9": "Reference: Utilities"}  # first digit of a notebook
 ORDER = [*TOP.values(), FOLDERS["lab"]]  # of the parts of the reference
 READERS = ["Start", "Use", "Understand", "Methods", "Experiments", "Results", "Reference"]  # behind a colon: a part
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
@@ -53,7 +53,8 @@ def group_of(notebook: Path) -> str:
 def place(notebook: Path) -> tuple:
     "Sorts the notebooks: by reader, then as listed above, then by name"
     group, page = group_of(notebook), page_name(notebook)
-    listed = next((names.index(name) for names, name in ((START, page), (EXPERIMENTS, notebook.stem)) if name in names), 99)
+    names, name = (START, page) if group == "Start" else (EXPERIMENTS, notebook.stem)
+    listed = names.index(name) if name in names else len(names)
     return READERS.index(group.split(":")[0]), ORDER.index(group) if group in ORDER else 0, listed, notebook.as_posix()
 
 
