@@ -518,5 +518,5 @@ def search(
             if checkpoint is not None: write_state(checkpoint, about, state, generator)
             bar.set_postfix({name: f"{state.history[-1][name]:.3f}" for name in SHOWN}, refresh=False)
             bar.update()
-    masks, row = grouping.masks(grouping.decode(state.best[:, None])[:, 0]), state.history[state.generation]
+    masks, row = grouping.masks(grouping.decode(state.best[:, None])[:, 0]).of(model), state.history[state.generation]
     return SearchResult(masks, state.history, state.generation, row["accuracy"], row["difference"], state.population)
