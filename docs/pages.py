@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
 TOP = {"0": "The ground", "1": "Shared vocabulary", "2": "One call", "9": "Utilities"}  # first digit of a notebook
-FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "lab": "The lab", "experiments": "Experiments",
+FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "nemo": "NeMo", "lab": "The lab",
+           "experiments": "Experiments",
            "findings": "Findings", "explanations": "Explanations"}  # in reading order
 ORDER = ["Start here", TOP["2"], TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
