@@ -251,7 +251,7 @@ def test_networks_of_kept_rows_begin_as_they_did():
 
 
 def test_an_unknown_system_is_named_and_the_notebook_is_kept(tmp_path):
-    message = "no system 'modular'; there is plain, moda, mwt"
+    message = "no system 'modular'; there is plain, moda, mwt, nemo"
     with pytest.raises(NotebookFailed, match=message):
         run_notebook(TRAIN, tmp_path / "train.ipynb", {"system": "modular", "out": str(tmp_path)})
     assert message in (tmp_path / "train.ipynb").read_text() and not (tmp_path / "rows_train.csv").exists()

@@ -20,7 +20,7 @@ from ..devices import evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, outline, threshold_masks
 from ..metrics import cohesion, coupling, jaccard, kernel_retention
 from .generators import PREFIX, mask_generators, maskable_sites, observe_masks
-from .losses import MwT
+from .losses import MaskTerms
 from ..objectives import CrossEntropy, Objective
 from ..prediction import evaluate
 from ..units import observe
@@ -155,12 +155,13 @@ class Recording(Objective):
 
     def __init__(
         self,
-        objective: Objective | None = None, # `MwT` or `CrossEntropy`; None: the latter
+        objective: Objective | None = None, # on soft masks, such as `MwT`, or `CrossEntropy`; None: the latter
         test: Split | None = None, # images whose accuracy after each epoch is recorded, too; None: none
     ):
         self._objective, self._test = CrossEntropy() if objective is None else objective, test
-        if not isinstance(self._objective, MwT | CrossEntropy):
-            raise ValueError(f"Recording takes MwT or CrossEntropy, not {type(objective).__name__}")
+        if not isinstance(self._objective, MaskTerms | CrossEntropy):
+            raise ValueError("Recording takes CrossEntropy or an objective on soft masks such as MwT, "
+                             f"not {type(objective).__name__}")
         self.start_epoch = self._objective.start_epoch
 
     def __repr__(self) -> str: return f"Recording({self._objective!r})"
@@ -172,7 +173,7 @@ class Recording(Objective):
     ) -> nn.Module: # gives (logits, {site: soft mask or map}); shares all parameters with `model`
         "Make the use of kernels visible; ValueError for MwT without mask generators."
         self._model, prepared = model, self._objective.prepare(model, example)
-        return prepared if isinstance(self._objective, MwT) else observe_use(model, example)
+        return prepared if isinstance(self._objective, MaskTerms) else observe_use(model, example)
 
     def end_epoch(
         self,
