@@ -93,6 +93,7 @@ SIZES = { # notebook -> setting -> its value in a rehearsal
     "mwt_reuse": {"subtasks_per_size": 1, "tune_epochs": 1, "tune_batch_size": 32},
     "moda_subtasks": {"per_size": 1},
     "moda_residual": {"subtasks_per_size": 1, "choice_subtasks": 1, "thresholds": "0.9,0.99", "shares": "0.02,0.1"},
+    "finetune_modular": {"subtasks_per_size": 1, "rounds": "1,2"},
     "moda_replacement": {"width": 0.125, "strong_epochs": 2, "strong_batch_size": 32, "weak_epochs": 4,
                          "underfit_epoch": 1, "overfit_epoch": 3, "weak_batch_size": 32, "adaptation_batch_size": 16},
     "cnnsplitter_search": {"population": 4, "parents": 2, "elites": 1, "generations": 2, "fewest": 4, "most": 8,
