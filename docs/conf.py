@@ -38,7 +38,7 @@ nb_merge_streams = True
 nb_render_markdown_format = "gfm"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "deflist"]
 myst_heading_anchors = 4
-myst_heading_slug_func = "anchors.anchor"
+myst_heading_slug_func = "pages.anchor"
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
 html_math_renderer = "mathml"
 

@@ -75,6 +75,12 @@ def pages() -> dict[str, Path]:
     return found
 
 
+def anchor(title: str) -> str:
+    "As Quarto and nbdev make it: `Masks.union` is #masks.union, `2 classes, in short` is #classes-in-short"
+    kept = re.sub(r"[^\w\s.-]", "", title.lower())
+    return re.sub(r"\s+", "-", re.sub(r"^[\W\d_]+", "", kept).strip())
+
+
 @cache
 def heading(notebook: Path) -> tuple[str, str]:
     "Title and subtitle of a notebook: its first line and the quotation below"

@@ -98,7 +98,8 @@ def test_figures_have_texts():
 
 
 def test_headings_have_quartos_anchors():
-    anchor = load(ROOT / "docs/anchors.py").anchor
+    from pages import anchor
+
     names = {"Split.subtask": "split.subtask", "load_dataset": "load_dataset", "MwT's losses": "mwts-losses",
              "2 classes, in short": "classes-in-short", "A picture": "a-picture"}
     assert {name: anchor(name) for name in names} == names
