@@ -22,7 +22,7 @@ from modnb.units import (
     function_name, is_constant, kind_of_sites, layer_of, mixes, name_sites, output_nodes, trace, unit_axis,
 )
 
-# %% ../../nbs/nemo/01_neurons.ipynb #537bb378
+# %% ../../nbs/nemo/01_neurons.ipynb #e741e9e1
 class SideBySide(nn.ModuleList):
     "Linear layers of the same size, each for a part of the input."
 
@@ -40,7 +40,8 @@ class SideBySide(nn.ModuleList):
         x: Tensor, # [B, parts * inputs]
     ) -> Tensor: # [B, parts * outputs]
         "Show each layer its part."
-        return torch.cat([layer(part) for layer, part in zip(self, x.chunk(len(self), 1), strict=True)], 1)
+        parts = x.chunk(len(self), 1)
+        return torch.cat([layer(parts[place]) for place, layer in enumerate(self)], 1)
 
 # %% ../../nbs/nemo/01_neurons.ipynb #426c6b69
 class NeuronGenerator(MaskGenerator):
