@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..calibrate import calibrate
 from ..checkpoints import History
 from ..checks import choose
 from ..data import ImageData, Split, batches, class_indices
@@ -281,7 +282,7 @@ def tuned_accuracies(
 
 # %% ../../nbs/mwt/03_reuse.ipynb #734dc0fb
 VARIANTS = ("standard", "modular", "with_generators", "untuned", "folded_mean", "folded", "renormalised",
-            "folded_renormalised", "tuned")
+            "folded_renormalised", "calibrated", "folded_calibrated", "tuned")
 
 def compare_reuse(
     reuser: Reuser,
@@ -306,6 +307,8 @@ def compare_reuse(
         "folded": lambda: reuser.folded(columns, statistics),
         "renormalised": lambda: renormalise(reuser(columns), part.train),
         "folded_renormalised": lambda: renormalise(reuser.folded(columns, statistics), part.train),
+        "calibrated": lambda: calibrate(renormalise(reuser(columns), part.train), part.train),
+        "folded_calibrated": lambda: calibrate(renormalise(reuser.folded(columns, statistics), part.train), part.train),
         "tuned": tuned}
     whole = {"standard": standard, "modular": reuser.modular}
     found = {name: evaluate(model, part.test, columns) for name, model in whole.items() if name in wanted and model}
