@@ -20,6 +20,7 @@ from modnb.cnnsplitter.search import (
     OURS,
     PAPER,
     RELEASED,
+    SHARED,
     Rules,
     breed,
     by_fitness,
@@ -293,8 +294,8 @@ def alike(trained):
 
 SMALL = Rules(individuals=6, parents=3, elites=2, keep_sensitive=(0.7, 0.8, 0.9), fewest=20, most=40)
 SMALL_PAPER = replace(PAPER, individuals=6, parents=3, fewest=20, most=20)
-SMALL_OURS = replace(CALIBRATED, individuals=6, parents=3, elites=2, fewest=20, most=20)
-SMALL_SHARED = replace(SMALL_OURS, shared_layers=-1, held_out=0.0)
+SMALL_OURS = replace(CALIBRATED, individuals=6, parents=3, elites=2, fewest=20, most=20, held_out=0.5, drawn=0.5)
+SMALL_SHARED = replace(SHARED, individuals=6, parents=3, elites=2)
 PART_SHARED = replace(SMALL_OURS, shared_layers=5)
 
 
