@@ -188,7 +188,8 @@ def share_layers(
                     setattr(root, known[name].target, operator.attrgetter(node.target)(part))
             new[node] = known[name]
     graph.output(graph.call_function(torch.cat, (ends, 1)))
-    shared = fx.GraphModule(root, graph, "SharedModules").train(beside.training)
+    shared = fx.GraphModule(root, graph, "SharedModules")
+    shared.training = any(part.training for part in parts)
     shared.classes, shared.preparation = beside.classes, beside.preparation
     return shared
 
