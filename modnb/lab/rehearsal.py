@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cnnsplitter.search import DEMO, PAPER, RELEASED, published_rules
+from ..cnnsplitter.search import PRESETS, RELEASED, published_rules
 from ..cnnsplitter.weak import CIFAR100_NINE
 from ..data import DATASETS, Source
 from ..files import atomic_path, write_text
@@ -259,7 +259,7 @@ def ruled_counts(
     train: Mapping[str, Any], # of the training
 ) -> dict[str, Any]: # those that the study leaves open, as its rules and its configuration have them
     "Look up the counts of a search."
-    rules = {"released": RELEASED, "paper": PAPER, "demo": DEMO}.get(settings.get("rules", ""), RELEASED)
+    rules = PRESETS.get(settings.get("rules", ""), RELEASED)
     name = settings.get("configuration", "")
     if name == "published":
         name = f"{train['model']}-{train['dataset']}" + "5" * (train["only_classes"].count(",") == 4)
