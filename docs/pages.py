@@ -10,11 +10,12 @@ ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
 TOP = {"0": "The ground", "1": "Shared vocabulary", "2": "One call", "9": "Utilities"}  # first digit of a notebook
-FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "lab": "The lab", "experiments": "Experiments",
+FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "gradsplitter": "GradSplitter",
+           "seam": "SeaM", "lab": "The lab", "experiments": "Experiments",
            "findings": "Findings", "explanations": "Explanations"}  # in reading order
 ORDER = ["Start here", TOP["2"], TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
-               "moda_residual", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
+               "moda_residual", "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
                "mwt_report", "report", "coverage"]
 
 
