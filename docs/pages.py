@@ -17,7 +17,7 @@ TOP = {"0": "Reference: The ground", "1": "Reference: Shared vocabulary", "2": "
 ORDER = [*TOP.values(), FOLDERS["lab"]]  # of the parts of the reference
 READERS = ["Start", "Use", "Understand", "Methods", "Experiments", "Results", "Reference"]  # behind a colon: a part
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
-               "moda_residual", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "speed_search",
+               "moda_residual", "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "speed_search",
                "speed_agreement", "demo_report", "mwt_report", "report", "coverage"]
 
 
