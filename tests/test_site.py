@@ -1,6 +1,7 @@
 """The site: what Sphinx gets, what Quarto gets, what is published, and how every page looks in a browser."""
 
 import importlib.util
+import json
 import re
 import shutil
 import subprocess
@@ -59,6 +60,31 @@ def test_exports_are_documented_and_their_code_can_be_opened():
     assert f'href="{build.FILES}/modnb/lab/matrix.py#L' in text
     assert "<details class=\"code\"><summary>Code of <code>study_cells</code>" in text
     assert "```python\ndef study_cells(" in text
+
+
+def cell(kind: str, source: str, **more) -> dict:
+    return {"cell_type": kind, "source": source, "metadata": {}, "id": source[:4] or "none"} | more
+
+
+def test_an_experiment_shows_its_run_and_goes_without_one_that_failed(monkeypatch, tmp_path, capsys):
+    source, kept = NBS / "experiments/train.ipynb", tmp_path / "kept.ipynb"
+    notebook = json.loads(source.read_text(encoding="utf-8"))
+    said = [{"output_type": "stream", "name": name, "text": text}
+            for name, text in (("stdout", "seen"), ("stderr", "50%"))]
+    for part in notebook["cells"]:
+        if part["cell_type"] == "code": part["outputs"] = said
+    kept.write_text(json.dumps(notebook))
+    monkeypatch.setattr("modnb.lab.definitions.run_file", lambda path: kept)
+    shown = build.convert_notebook(Path("experiments/train.ipynb")).cells
+    outputs = [[output["text"] for output in part["outputs"]] for part in shown if part["cell_type"] == "code"]
+    assert outputs and all(texts == ["seen"] for texts in outputs) and "those of a run" in shown[2]["source"]
+    failing = {"nbformat": 4, "nbformat_minor": 5, "metadata": notebook["metadata"], "cells": [
+        cell("code", "seed = 0", outputs=[], execution_count=None) | {"metadata": {"tags": ["parameters"]}},
+        cell("code", "1 / 0", outputs=[], execution_count=None)]}
+    (tmp_path / "bad.ipynb").write_text(json.dumps(failing))
+    monkeypatch.setattr(build, "run_file", lambda path: tmp_path / "bad-run.ipynb")
+    build.run_experiment(tmp_path / "bad.ipynb")
+    assert "no run for the page of bad.ipynb" in capsys.readouterr().out and not (tmp_path / "bad-run.ipynb").exists()
 
 
 def test_links():
