@@ -83,7 +83,8 @@ docs: .venv/.ready readme
 	$(BIN)/python docs/build.py experiments
 	$(call say,'the site: _docs/index.html')
 	@if command -v quarto >/dev/null; \
-		then $(BIN)/python docs/build.py sidebar && touch README.md && $(BIN)/nbdev_docs; \
+		then $(BIN)/python docs/build.py sidebar && touch README.md && $(BIN)/nbdev_docs && \
+			$(BIN)/python docs/build.py search; \
 		else $(BIN)/python docs/build.py site; fi
 
 check-docs: .venv/.ready

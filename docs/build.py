@@ -1,6 +1,6 @@
 """Builds README.md, the site where Quarto is not installed, and the sidebar for Quarto where it is.
 
-    python docs/build.py readme|experiments|site|sidebar|refresh
+    python docs/build.py readme|experiments|site|sidebar|search|refresh
 
 nbdev does a part of it (links to definitions, hidden cells) by its Python functions. Its commands `nbdev_docs` and
 `nbdev_readme` would install Quarto system-wide, so they are not called from here.
@@ -256,6 +256,22 @@ def build_site() -> None:
     print(f"{len(pages())} pages: open {ROOT / '_docs/index.html'}")
 
 
+def index_definitions(site: Path) -> None:
+    "Quarto's search knows pages and their sections of the second level: functions, classes and methods are added"
+    from modnb._modidx import d as known
+
+    file = site / "search.json"
+    entries = {entry["objectID"]: entry for entry in json.loads(file.read_text(encoding="utf-8"))}
+    for module, symbols in known["syms"].items():
+        for symbol, (link, _) in symbols.items():
+            page, _, anchor = link.partition("#")
+            if page not in entries or f'id="{anchor}"' not in (site / page).read_text(encoding="utf-8"): continue
+            name = symbol.removeprefix(f"{module}.")
+            entries[link] = {"objectID": link, "href": link, "title": entries[page]["title"], "section": name,
+                             "text": f"{name} of {module}", "crumbs": entries[page].get("crumbs", [])}
+    file.write_text(json.dumps(list(entries.values()), ensure_ascii=False), encoding="utf-8")
+
+
 def headline_rows():
     "What the picture of the front page shows: rows about whole networks, and the published numbers beside them"
     from modnb.lab.figures import HEADLINE
@@ -298,5 +314,6 @@ if __name__ == "__main__":
         case ["experiments"]: run_experiments()
         case ["site"]: build_site()
         case ["sidebar"]: (NBS / "sidebar.yml").write_text(quarto_sidebar(), encoding="utf-8")
+        case ["search"]: index_definitions(ROOT / "_docs")
         case ["refresh"]: refresh()
-        case _: sys.exit("usage: python docs/build.py readme|experiments|site|sidebar|refresh")
+        case _: sys.exit("usage: python docs/build.py readme|experiments|site|sidebar|search|refresh")

@@ -210,17 +210,19 @@ SEARCHED = ["compose", "decompose", "fit"] # functions that readers look for
 
 
 def found_by_search(browser: Browser, site: Path, address: str, word: str) -> list[str]:
-    "What the site's own search leads to for a word, the first results"
+    "Where the site's own search leads for a word"
     if (site / "search.json").exists(): # Quarto: sections with their titles, searched in the page
         browser.open(f"{address}/index.html?q={word}&show-results=1")
         results = ".aa-Item a"
     else: # Sphinx
         browser.open(f"{address}/search.html?q={word}")
         results = "#search-results li a"
-    for _ in range(100):
-        if found := browser.evaluate(f"[...document.querySelectorAll('{results}')].map(e => e.href)"): return found
-        time.sleep(0.1)
-    return []
+    found: list[str] = []
+    for _ in range(30):  # they come one after the other
+        before, found = found, browser.evaluate(f"[...document.querySelectorAll('{results}')].map(e => e.href)")
+        if found and found == before: break
+        time.sleep(1)
+    return found
 
 
 def search_problems(browser: Browser, site: Path, address: str) -> list[str]:

@@ -197,6 +197,15 @@ def test_quarto_sidebar():
     assert files == [p.as_posix() for p in PAGES.values()] and all((NBS / name).exists() for name in files)
 
 
+def test_the_search_of_quarto_learns_what_is_defined(tmp_path):
+    (tmp_path / "compose.html").write_text('<section id="compose"><h3>compose</h3></section>')
+    page = {"objectID": "compose.html", "href": "compose.html", "title": "Composition", "section": "", "text": "Why"}
+    (tmp_path / "search.json").write_text(json.dumps([page]))
+    build.index_definitions(tmp_path)
+    found = json.loads((tmp_path / "search.json").read_text())
+    assert [(e["href"], e["section"]) for e in found] == [("compose.html", ""), ("compose.html#compose", "compose")]
+
+
 # Workflows
 
 WORKFLOWS = sorted((ROOT / ".github/workflows").glob("*.yml"))
