@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['least_accuracy', 'check_trained', 'started_from', 'opened', 'modular_finetune']
 
-# %% ../nbs/21_finetuning.ipynb #6b23ecc5
+# %% ../nbs/21_finetuning.ipynb #6ac81f64
 import copy
 from typing import Any
 
@@ -23,7 +23,7 @@ from .objectives import WeightedTerms
 from .prediction import evaluate
 from .training import fit
 
-# %% ../nbs/21_finetuning.ipynb #451a1b41
+# %% ../nbs/21_finetuning.ipynb #f8b5afa9
 def least_accuracy(
     counts: torch.Tensor, # [C], images of each class
 ) -> float: # fraction
@@ -32,7 +32,7 @@ def least_accuracy(
     certain = share + 3 * (share * (1 - share) / images) ** 0.5
     return min(1.0, max(certain, 1.5 / (len(counts) + 0.5)))
 
-# %% ../nbs/21_finetuning.ipynb #3a228a9c
+# %% ../nbs/21_finetuning.ipynb #68d77647
 def check_trained(
     model: nn.Module, # [B, C, H, W] -> logits [B, K]
     data: ImageData, # judged by the validation images; where there are none, by some training images
@@ -50,7 +50,7 @@ def check_trained(
                      f"who guesses may reach {least:.1%}. Train it with modnb.training.fit first, or look whether "
                      "the images are prepared as it knows them (mean, std, size) and the classes in its order")
 
-# %% ../nbs/21_finetuning.ipynb #b40a93ef
+# %% ../nbs/21_finetuning.ipynb #5f21f33d
 def started_from(
     objective: WeightedTerms,
     model: nn.Module, # before its fine-tuning
@@ -71,7 +71,7 @@ def opened(
     if not isinstance(objective, MwT) or mask_generators(model): return copy.deepcopy(model)
     return add_mask_generators(model, example, form="open", seed=seed)
 
-# %% ../nbs/21_finetuning.ipynb #e729971f
+# %% ../nbs/21_finetuning.ipynb #94198ee3
 def modular_finetune(
     model: nn.Module, # trained, [B, C, H, W] -> logits [B, K]; left as it is
     data: ImageData, # its training images are learned; its validation images tell whether the network is trained

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cnnsplitter.search import DEMO, PAPER, RELEASED, published_rules
+from ..cnnsplitter.search import PRESETS, RELEASED, published_rules
 from ..cnnsplitter.weak import CIFAR100_NINE
 from ..data import DATASETS, Source
 from ..files import atomic_path, write_text
@@ -100,6 +100,9 @@ SIZES = { # notebook -> setting -> its value in a rehearsal
                            "search_images": 20, "fewest_sure": 1, "subtasks_per_size": 1},
     "cnnsplitter_patch": {"strong_width": 0.125, "strong_epochs": 3, "strong_batch_size": 32, "weak_width": 0.125,
                           "weak_epochs": 2, "weak_batch_size": 32, "division": "4,1,1"},
+    "gradsplitter": {"first_epochs": 1, "rounds": 1, "joint_epochs": 1, "alone_epochs": 1, "gate_batch_size": 32, "gate_images": 100,
+                     "subtasks_per_size": 1},
+    "seam": {"gate_epochs": 3, "gate_batch_size": 16, "subtasks_per_size": 1},
     "report": {"draws": 10},
 }
 
@@ -259,7 +262,7 @@ def ruled_counts(
     train: Mapping[str, Any], # of the training
 ) -> dict[str, Any]: # those that the study leaves open, as its rules and its configuration have them
     "Look up the counts of a search."
-    rules = {"released": RELEASED, "paper": PAPER, "demo": DEMO}.get(settings.get("rules", ""), RELEASED)
+    rules = PRESETS.get(settings.get("rules", ""), RELEASED)
     name = settings.get("configuration", "")
     if name == "published":
         name = f"{train['model']}-{train['dataset']}" + "5" * (train["only_classes"].count(",") == 4)

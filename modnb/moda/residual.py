@@ -8,6 +8,7 @@ __all__ = ['Gated', 'lead', 'contributions', 'relative_contributions', 'sum_site
 
 # %% ../../nbs/moda/03_residual.ipynb #f35e6429
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -127,7 +128,7 @@ def keep_sums_alive(
             if found[behind].shape != found[site].shape: continue
             apart = ~(found[site] & found[behind]).any(1)
             found[site] = found[site] | (found[behind] & apart[:, None])
-    return ModuleMasks(found, masks.classes)
+    return replace(masks, masks=found)
 
 # %% ../../nbs/moda/03_residual.ipynb #d382621f
 def decompose_by_contribution(
@@ -147,7 +148,7 @@ def decompose_by_contribution(
     sites = list(unit_sites(model, example) if sites is None else sites)
     if branches: sites += [site for site in sum_sites(model, example) if site not in sites]
     found = contributions(model, split, sites, example, batch_size)
-    masks = threshold_masks(relative_contributions(found), split.classes, share, empty)
+    masks = threshold_masks(relative_contributions(found), split.classes, share, empty).of(model)
     return keep_sums_alive(model, masks, example)
 
 # %% ../../nbs/moda/03_residual.ipynb #abe1bd21

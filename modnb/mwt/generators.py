@@ -22,8 +22,8 @@ from ..checks import choose
 from ..maps import scale_maps, with_means
 from ..metrics import count_weights
 from modnb.units import (
-    CONV_LAYERS, function_name, kind_of_sites, layer_of, name_sites, observe, opaque, overwritten, tap, trace,
-    trace_graph, unit_axis,
+    function_name, kind_of_sites, layer_of, mixes, name_sites, observe, opaque, overwritten, tap, trace, trace_graph,
+    unit_axis,
 )
 
 # %% ../../nbs/mwt/00_generators.ipynb #c7719a73
@@ -177,23 +177,26 @@ def producer(
     node: fx.Node, # a masked site
 ) -> fx.Node:
     "The convolution or linear layer itself, where the site is its normalisation."
-    return node if isinstance(layer_of(node), (*CONV_LAYERS, nn.Linear)) else node.args[0]
+    return node if mixes(node) else node.args[0]
 
 def insert_generator(
     modular: fx.GraphModule, # with named nodes; changed
     node: fx.Node, # of the site
     generator: MaskGenerator,
     rank: int = 4, # number of dimensions of the site's tensor
+    layer: fx.Node | None = None, # whose input the generator watches; None: the layer of the site
+    axis: int | None = None, # dimension of the site's units; None: that of the generator's input
 ) -> None:
     "Let a generator watch a layer and scale its output (MwT Sec. 3.2.1)."
-    layer = producer(node)
+    layer = producer(node) if layer is None else layer
+    if axis is None: axis = rank - 1 if generator.last else 1
     name, graph = PREFIX + node.meta["site"], modular.graph
     modular.add_submodule(name, generator)
     with graph.inserting_before(layer): mask = graph.call_module(name, (layer.args[0],))
     with graph.inserting_after(node): product = graph.call_function(torch.mul, (node, mask))
     node.replace_all_uses_with(product, delete_user_cb=lambda user: user is not product)
     with graph.inserting_before(product):
-        for _ in range(2, rank): mask = graph.call_method("unsqueeze", (mask, 1 if generator.last else -1))
+        for place in range(2, rank): mask = graph.call_method("unsqueeze", (mask, 1 if place <= axis else -1))
     product.args = (node, mask)
 
 
