@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from .data import Split, Stream, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
-from .extract import Anatomy
+from .extract import Anatomy, logits_of
 from .files import UnreadableFile, atomic_path, check_header, digest, load_tensors, save_tensors
 from .masks import NAMES, ModuleMasks
 from .prediction import find_outputs
@@ -68,11 +68,9 @@ class Composer:
         self.columns, self.axis = self._outputs(outputs)
 
     def _outputs(self, outputs) -> tuple[list[int], int]: # of each class; dimension of the outputs
-        source = next(node for node in self.anatomy.traced.graph.nodes if node.op == "output").args[0]
-        shape = source.meta["shape"] if isinstance(source, fx.Node) else None
-        if not isinstance(shape, tuple): raise ValueError("outputs needs a network that returns one tensor")
+        source = logits_of(self.anatomy.traced.graph)
         axis = unit_axis(source)
-        return find_outputs(self.masks.classes, shape[axis], outputs), axis
+        return find_outputs(self.masks.classes, source.meta["shape"][axis], outputs), axis
 
     def with_masks(
         self,
