@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .compat import needs
 from .data import Split, Stream, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
 from .extract import Anatomy, logits_of
@@ -393,10 +394,8 @@ def save_onnx(
     path: str | Path,
     notes: dict[str, Any] | None = None, # more metadata; written as JSON
 ) -> None:
-    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing."
-    try: import onnx, onnxscript # noqa: E401, F401
-    except ImportError as error:
-        raise ImportError("save_onnx needs two more packages: pip install onnx onnxscript") from error
+    "Write a network as one ONNX file, input `images`, output `scores`; `MissingExtra` without onnxscript."
+    onnx, _ = needs("onnx"), needs("onnxscript")
     images = example[:1].expand(2, *example.shape[1:]) # 1 would be taken as fixed
     images = images.to(home_of(module, example.device), dtype_of(module))
     options = {"input_names": ["images"], "output_names": ["scores"], "verbose": False, "external_data": False,

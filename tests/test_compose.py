@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from modnb.compat import MissingExtra
 from modnb.compose import Composer, ParallelModules, compose, load_module, save_module, save_onnx
 from modnb.data import Split
 from modnb.extract import masked
@@ -272,6 +273,6 @@ def test_units_in_multiples(name, tmp_path):
 
 def test_onnx_export_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+    with pytest.raises(MissingExtra, match=r"pip install 'modnb\[onnx\]'"):
         save_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "m.onnx")
     assert not [*tmp_path.iterdir()]
