@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['least_accuracy', 'check_trained', 'started_from', 'opened', 'modular_finetune']
 
-# %% ../nbs/21_finetuning.ipynb #52e03ea6
+# %% ../nbs/21_finetuning.ipynb #6ac81f64
 import copy
 from typing import Any
 
@@ -23,7 +23,7 @@ from .objectives import WeightedTerms
 from .prediction import evaluate
 from .training import fit
 
-# %% ../nbs/21_finetuning.ipynb #6926b83e
+# %% ../nbs/21_finetuning.ipynb #f8b5afa9
 def least_accuracy(
     counts: torch.Tensor, # [C], images of each class
 ) -> float: # fraction
@@ -32,7 +32,7 @@ def least_accuracy(
     certain = share + 3 * (share * (1 - share) / images) ** 0.5
     return min(1.0, max(certain, 1.5 / (len(counts) + 0.5)))
 
-# %% ../nbs/21_finetuning.ipynb #0c80a1e3
+# %% ../nbs/21_finetuning.ipynb #68d77647
 def check_trained(
     model: nn.Module, # [B, C, H, W] -> logits [B, K]
     data: ImageData, # judged by the validation images; where there are none, by some training images
@@ -50,7 +50,7 @@ def check_trained(
                      f"who guesses may reach {least:.1%}. Train it with modnb.training.fit first, or look whether "
                      "the images are prepared as it knows them (mean, std, size) and the classes in its order")
 
-# %% ../nbs/21_finetuning.ipynb #5b92191b
+# %% ../nbs/21_finetuning.ipynb #5f21f33d
 def started_from(
     objective: WeightedTerms,
     model: nn.Module, # before its fine-tuning
@@ -71,7 +71,7 @@ def opened(
     if not isinstance(objective, MwT) or mask_generators(model): return copy.deepcopy(model)
     return add_mask_generators(model, example, form="open", seed=seed)
 
-# %% ../nbs/21_finetuning.ipynb #6a562f69
+# %% ../nbs/21_finetuning.ipynb #94198ee3
 def modular_finetune(
     model: nn.Module, # trained, [B, C, H, W] -> logits [B, K]; left as it is
     data: ImageData, # its training images are learned; its validation images tell whether the network is trained
@@ -84,7 +84,7 @@ def modular_finetune(
     seed: int = 0, # of order and augmentation, and of first weights of mask generators
     **options: Any, # others of `fit`: weight_decay, checkpoint, device, precision, progress, ...
 ) -> tuple[nn.Module, History]: # the copy that learned, in evaluation mode, and a row for each epoch
-    """Go on training a network so that it can be taken apart (ours; losses of MODA Eq. 7, MwT Eq. 6).
+    """Go on training a network so that it can be taken apart (ours).
 
     Raises ValueError for a network that is not trained, no epoch, and a class without images."""
     objective = MODA(dispersion=2) if objective is None else objective
