@@ -91,6 +91,8 @@ lab: .venv/.ready
 
 # nbdev's own commands would install Quarto system-wide where it is missing, so they are called only where it is there.
 docs: .venv/.ready readme
+	$(call say,'the experiments$(comma) with the values on their pages$(comma) unless that was done before')
+	$(BIN)/python docs/build.py experiments
 	$(call say,'the site: _docs/index.html')
 	@if command -v quarto >/dev/null; \
 		then $(BIN)/python docs/build.py sidebar && touch README.md && $(BIN)/nbdev_docs; \

@@ -55,7 +55,8 @@ def class_indices(
     sort: bool = True, # False: in the order asked for
 ) -> list[int]: # positions in `classes`, ascending unless `sort` is False
     "Find classes by name or position; raise ValueError for none, for a repeated or an unknown one."
-    chosen = [names_or_indices] if isinstance(names_or_indices, str | int) else list(names_or_indices)
+    given = () if names_or_indices is None else names_or_indices
+    chosen = [given] if isinstance(given, str | int) else list(given)
     found = [class_index(item, classes) for item in chosen]
     if not found: raise ValueError(f"no class chosen. There is: {', '.join(classes)}")
     repeated = sorted({classes[index] for index in found if found.count(index) > 1})

@@ -37,7 +37,7 @@ from .running import NotebookFailed, notebook_parameters, run_notebook
 # %% ../../nbs/lab/10_commands.ipynb #229513b2
 TIMED = ("system", "model", "dataset", "width", "image_size", "train_limit", "valid", "batch_size", "augment",
          "record", "generators", "only_classes", "precision") # settings that the time of an epoch depends on
-OF_SYSTEM = {"record": ("plain", "mwt"), "generators": ("mwt",)} # those that only some systems have
+OF_SYSTEM = {"record": ("plain", "mwt", "nemo"), "generators": ("mwt",)} # those that only some systems have
 
 
 def hardware_kind(

@@ -21,9 +21,10 @@ from .results import change_rows, count_classes, counted_once, run_means
 
 # %% ../../nbs/lab/04_figures.ipynb #ee9cf2a4
 Axes = Figure = Frame = Any # stand for classes of matplotlib and pandas: these are imported only where they are used
-COLOURS = {"plain": "#7f7f7f", "moda": "#0072b2", "mwt": "#d55e00", "cnnsplitter": "#009e73"} # system -> its colour
+COLOURS = {"plain": "#7f7f7f", "moda": "#0072b2", "mwt": "#d55e00", "nemo": "#aa3377",
+           "cnnsplitter": "#009e73"} # system -> its colour
 OTHERS = ("#56b4e9", "#e69f00", "#cc79a7", "#000000", "#882255", "#6a3d9a", "#a65628", "#b8a800") # of other lines
-MARKERS = {"resnet18": "o", "vgg16": "s", "vgg12": "D", "mobilenet": "^"} # model -> its marker
+MARKERS = {"resnet18": "o", "vgg16": "s", "vgg12": "D", "mobilenet": "^", "vit_small": "P"} # model -> its marker
 
 def colours_of(
     names: Iterable[str], # systems, or other things that are compared

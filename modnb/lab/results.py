@@ -538,7 +538,11 @@ def change_rows(
     metrics: Sequence[str] = ("composed_accuracy", "renormalised_accuracy", "tuned_accuracy"), # those to subtract from
 ) -> Frame: # the same rows with metric composed_change, ... in percentage points
     "Subtract the whole network's accuracy on the same classes; `ValueError` where it was not measured."
-    place = ["run", "system", "classes", "split"]
+    place, later = ["run", "system", "classes", "split", "later"], {*ABOUT_METRICS["settings"]["finetuning"]}
+    configs = rows["config"] if "config" in rows else rows["run"].map(lambda run: "{}")
+    told = {text: canonical({name: value for name, value in json.loads(text).items() if name in later})
+            for text in configs.unique()}
+    rows = rows.assign(later=configs.map(told)) # a network that went on learning is another one
     whole = rows[rows["metric"] == "accuracy"].drop_duplicates(place).set_index(place)["value"].rename("whole")
     found = rows[rows["metric"].isin(metrics)].join(whole, on=place)
     lacking = found[found["whole"].isna()]
@@ -546,7 +550,7 @@ def change_rows(
                                       f"{lacking['classes'].iloc[0]}, {lacking['split'].iloc[0]} images")
     names = found["metric"].str.replace("_accuracy", "_change")
     return found.assign(metric=names, value=100 * (found["value"] - found["whole"]),
-                        unit="percentage points").drop(columns="whole")
+                        unit="percentage points").drop(columns=["whole", "later"])
 
 # %% ../../nbs/lab/03_results.ipynb #a1d97e90
 def paired_rows(
