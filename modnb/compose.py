@@ -285,7 +285,8 @@ def load_state(
     empty = any(tensor.is_meta for tensor in own.values())
     try: model.load_state_dict({name: t.clone() for name, t in weights.items()} if empty else weights, assign=empty)
     except RuntimeError as error:
-        raise UnreadableFile(f"{path} holds weights of another architecture: {error}") from error
+        told = " ".join(str(error).split())[:300]
+        raise UnreadableFile(f"{path} holds weights of another architecture: {told}") from error
     if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())): raise NeedsValues
 
 

@@ -137,6 +137,8 @@ class Split:
         if labels.shape != images.shape[:1] or labels.dtype != torch.int64:
             raise ValueError(f"labels must be int64 [{len(images)}], not {labels.dtype} {list(labels.shape)}")
         check_labels(labels, self.classes, "labels")
+        if len({*self.classes}) < len(self.classes):
+            raise ValueError(f"each class needs a name of its own, not {', '.join(map(str, self.classes))}")
 
     def __len__(self) -> int: return len(self.labels)
 

@@ -39,6 +39,8 @@ def accuracy(
         raise ValueError(f"logits must be [N, C] and labels [N] with N > 0, "
                          f"not {list(logits.shape)} and {list(labels.shape)}")
     check_logits(logits)
+    if labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(f"labels must be outputs, 0 to {logits.shape[1] - 1}, not {labels.min()} to {labels.max()}")
     return (logits.argmax(1) == labels).double().mean().item()
 
 # %% ../nbs/15_metrics.ipynb #feb2d042
