@@ -48,7 +48,7 @@ from modnb.files import load_tensors, save_tensors
 from modnb.lab.results import read_rows
 from modnb.lab.running import NotebookFailed, run_notebook
 from modnb.locks import Taken, claimed_file
-from modnb.masks import ModuleMasks
+from modnb.masks import ModuleMasks, outline
 from modnb.models import create_model
 from modnb.prediction import evaluate, predict
 from modnb.training import fit
@@ -325,6 +325,7 @@ def test_search_repeats_and_resumes(rules, trained, alike, tmp_path):
 def test_result_is_what_composing_gives(trained):
     model, data, grouping = trained
     result = search(model, data.valid, grouping, SMALL, generations=3)
+    assert result.masks.network == outline(model), "another network refuses them"
     answers = composed_logits(model, result.masks, data.valid).argmax(1)
     assert (answers == data.valid.labels).double().mean().item() == pytest.approx(result.accuracy, abs=0.02) # one image
     flat = result.masks.flat()

@@ -64,9 +64,11 @@ def fold_masks(
 ) -> nn.Module: # a copy whose kernels are scaled by the factors
     "Multiply constant masks into scale and shift; ValueError for layers that cannot take them."
     folded = copy.deepcopy(plain)
+    layers = dict(folded.named_modules())
     for site, factor in factors.items():
         name, _, again = site.partition("@")
-        layer = folded.get_submodule(name)
+        if name not in layers: raise ValueError(f"'{name}' is no layer whose scale could take a mask")
+        layer = layers[name]
         if again or f"{name}@2" in factors: raise ValueError(f"'{name}' is called more than once: it has no one mask")
         if layer.weight is None: raise ValueError(f"'{name}' has no scale to fold a mask into: affine=False")
         with torch.no_grad():
