@@ -15,7 +15,8 @@ FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "gradspli
            "findings": "Findings", "explanations": "Explanations"}  # in reading order
 ORDER = ["Start here", TOP["2"], TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
 EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
-               "moda_residual", "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
+               "moda_residual", "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed",
+               "speed_cohesion", "demo_report",
                "mwt_report", "report", "coverage"]
 
 

@@ -44,11 +44,11 @@ def target_problem(
     if against_rest and len(chosen) > 1:
         raise ValueError(f"against_rest=True is for one class, not for {len(chosen)}")
     if len(chosen) == len(known):
-        raise ValueError(f"the target problem has all {len(known)} classes of the network, so there is nothing to leave out; name "
-                         "some of them")
+        raise ValueError(f"the target problem has all {len(known)} classes of the network, so there is nothing to "
+                         "leave out; name some of them")
     if len(chosen) == 1 and not against_rest:
-        raise ValueError(f"a single class, {known[chosen[0]]!r}, has nothing to be told from: name another one too, or pass "
-                         "against_rest=True")
+        raise ValueError(f"a single class, {known[chosen[0]]!r}, has nothing to be told from: name another one too, or "
+                         "pass against_rest=True")
     return Problem(chosen, [*(known[c] for c in chosen), *(["rest"] if against_rest else [])], against_rest)
 
 
@@ -70,11 +70,13 @@ def weight_names(
     model: nn.Module,
 ) -> list[str]: # of parameters, each once
     "List weights and biases of convolutions and linear layers; ValueError where there are none."
-    found = [f"{path}.{name}".lstrip(".") for path, layer in model.named_modules() if isinstance(layer, (*CONV_LAYERS, nn.Linear))
-             for name, _ in layer.named_parameters(recurse=False)]
+    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, (*CONV_LAYERS, nn.Linear)))
+    found = {f"{path}.{name}".lstrip(".") for path, layer in layers
+             for name, _ in layer.named_parameters(recurse=False)}
     once = [name for name, _ in model.named_parameters() if name in found]
     if once: return once
-    raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is no weight to put a gate at")
+    raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is no weight to put a "
+                     "gate at")
 
 
 class MaskedNetwork(nn.Module):
@@ -193,7 +195,8 @@ def check_something_left(
     "Raise ValueError naming the first weight of which nothing is left: the answers would be the same for every image."
     for name, values in zip(masked.names, masked.values):
         if values.ndim > 1 and not (values > 0).any():
-            raise ValueError(f"alpha={alpha} has removed all of {name!r}, so the network says the same for every image; take a smaller one")
+            raise ValueError(f"alpha={alpha} has removed all of {name!r}, so the network says the same for every "
+                             "image; take a smaller one")
 
 # %% ../../nbs/seam/00_weights.ipynb #70d4f8f9
 def mask_weights(
@@ -223,15 +226,17 @@ def mask_weights(
     intact, generator = intact_accuracy(model, judges, problem, reference, seed), Generator().manual_seed(seed)
     masked = MaskedNetwork(model, example_of(train), len(problem.names), seed).eval()
     alone = torch.optim.Adam(masked.head.parameters(), head_lr)
-    both = torch.optim.Adam([{"params": [*masked.values], "lr": lr}, {"params": [*masked.head.parameters()], "lr": head_lr}])
+    of_head = {"params": [*masked.head.parameters()], "lr": head_lr}
+    both = torch.optim.Adam([{"params": [*masked.values], "lr": lr}, of_head])
     states, best, chosen = [], {}, 0
     for epoch in tqdm(range(epochs), disable=not wants_progress(progress), unit="epoch"):
-        of_head = epoch % 5 == 0
-        learn_epoch(masked, images, alone if of_head else both, 0.0 if of_head else alpha, batch_size, generator, augment)
+        optimizer, price = (both, alpha) if epoch % 5 else (alone, 0.0)
+        learn_epoch(masked, images, optimizer, price, batch_size, generator, augment)
         check_something_left(masked, alpha)
         right = (predict(masked, others).argmax(1) == others.labels).double().mean().item()
         states.append(State(right, masked.share().item()))
         if choose_state(states, intact) != len(states): continue
-        chosen, best = len(states), {name: t.clone() for name, t in masked.state_dict().items() if not name.startswith("network.")}
+        learned = {name: t for name, t in masked.state_dict().items() if not name.startswith("network.")}
+        chosen, best = len(states), {name: t.clone() for name, t in learned.items()}
     masked.load_state_dict(best, strict=False)
     return Masked(problem, masked.requires_grad_(False), states, chosen, intact)
