@@ -1,6 +1,8 @@
 """GradSplitter: classes folded into the batch against one pass a class, heads, the choice of a state, bad input."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,10 +25,13 @@ from modnb.gradsplitter.learn import (
     schedule,
     score_loss,
 )
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 
 CLASSES = ["a", "b", "c"]
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 
 class Branches(nn.Module):
@@ -136,7 +141,7 @@ def test_turns_move_what_they_should_and_nothing_else():
     model, images = network("vgg12"), split()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gated, heads = GatedNetwork(model, torch.rand(2, 3, 16, 16), 3), Heads(3, 3)
-    known, start = all_logits(gated, images, 5), heads.hidden.detach().clone()
+    known, start = all_logits(gated, images, 15), heads.hidden.detach().clone()
     for _ in epochs_of(Phase(1, 0.0, 0.01, 0.0), gated, heads, images, 8, torch.Generator().manual_seed(0)): pass
     assert all((values == 1).all() for values in gated.values) and not torch.equal(heads.hidden, start)
     assert torch.allclose(all_logits(gated, images), known, atol=1e-5)
@@ -199,3 +204,17 @@ def test_gates_stand_behind_every_activation_of_maps():
     sites = gate_sites(network("resnet18"), torch.rand(2, 3, 16, 16))
     assert len(sites) == 17, "the first convolution, and two in each of eight blocks"
     assert len(gate_sites(network("vit_small"), torch.rand(2, 3, 16, 16))) > 1, "neurons between tokens"
+
+
+def test_the_experiment_leaves_rows_that_can_be_compared(tmp_path):
+    "From a trained network to rows, in the names that other methods use"
+    run_notebook(EXPERIMENTS / "gradsplitter.ipynb", tmp_path / "gradsplitter.ipynb", {"out": str(tmp_path)})
+    rows = read_rows(tmp_path / "rows.csv")
+    counts = rows.groupby("metric").size().to_dict()
+    assert counts == {"accuracy": 3, "composed_accuracy": 3, "composed_size": 2, "composed_flops": 2,
+                      "union_retention": 2, "kernel_retention": 11, "module_size": 11, "masked_retention": 1,
+                      "module_flops": 1, "overlap": 1, "coupling": 1, "modularizing_time": 1, "total_time": 1}
+    masks = ModuleMasks.load(tmp_path / "masks.safetensors")
+    kept = rows[(rows.metric == "masked_retention")].value.item()
+    assert masks.flat().double().mean().item() == pytest.approx(kept, abs=1e-6) and len(masks.classes) == 10
+    assert len(json.loads((tmp_path / "states.json").read_text())) == 6

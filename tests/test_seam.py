@@ -1,12 +1,15 @@
 """SeaM: weights behind gates, target problems, the choice of a state, structure of sparse networks, bad input."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from modnb.data import Split
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.metrics import count_weights
 from modnb.models import create_model
 from modnb.seam.structure import find_units, make_module, paths, shrink, sparse_multiply_adds, sparse_network
@@ -24,6 +27,7 @@ from modnb.seam.weights import (
 from modnb.units import CONV_LAYERS
 
 CLASSES = ["a", "b", "c"]
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 
 def network(name: str = "vgg12", classes: int = 3) -> nn.Module:
@@ -196,3 +200,16 @@ def test_bad_input_is_named(change, said):
     given = {"model": network(), "train": split(), "judges": split(12), "classes": ["a", "b"], "epochs": 2}
     given["batch_size"] = 8
     with pytest.raises(ValueError, match=said): mask_weights(**(given | change))
+
+
+def test_the_experiment_leaves_rows_that_can_be_compared(tmp_path):
+    "From a trained network to rows, in the names that other methods use; the problem of all classes is left out"
+    settings = {"out": str(tmp_path), "sizes": "2,10", "gate_epochs": 8, "gate_lr": 0.1}
+    run_notebook(EXPERIMENTS / "seam.ipynb", tmp_path / "seam.ipynb", settings)
+    rows = read_rows(tmp_path / "rows.csv")
+    assert set(rows.metric) == {
+        "accuracy", "composed_accuracy", "composed_size", "composed_flops", "weight_retention", "filled",
+        "constant_units", "sparse_flops", "modularizing_time", "union_retention"}
+    assert rows.classes.unique().tolist() == ["1|8"] and (rows.system == "seam").all()
+    values = rows.set_index("metric").value
+    assert values["weight_retention"] < 1 and values["composed_size"] < 1.01 and 0 < values["filled"] <= 1

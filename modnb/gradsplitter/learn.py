@@ -99,9 +99,10 @@ def schedule(
 def all_logits(
     gated: GatedNetwork,
     split: Split, # on the device of the network
-    batch_size: int = 256, # images at a time, each once for every class
+    batch_size: int = 2560, # images at a time, counted once for every class
 ) -> Tensor: # [C, N, n]
     "Run a split through all modules, without gradients."
+    batch_size = max(1, batch_size // len(gated.values[0]))
     with torch.no_grad(): return torch.cat([gated(images) for images, _ in batches(split, batch_size)], 1)
 
 

@@ -24,6 +24,7 @@ from ..devices import home_of
 from ..gates import check_learnable, frozen, gate
 from ..prediction import predict
 from ..progress import wants_progress
+from ..settings import seeded
 from ..units import CONV_LAYERS
 
 # %% ../../nbs/seam/00_weights.ipynb #5eeac92b
@@ -177,8 +178,8 @@ def learn_epoch(
 ) -> None:
     "Go through the images once."
     masked.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(torch.randint(2**62, (), generator=generator).item()) # of dropout
+    dropout = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with seeded(dropout, split.device):
         for images, labels in batches(split, batch_size, augment=augment, shuffle=True, generator=generator):
             optimizer.zero_grad()
             loss = F.cross_entropy(masked(images), labels)
@@ -223,7 +224,7 @@ def mask_weights(
     train, judges = train.to(home), judges.to(home)
     images, others = problem_images(train, problem, seed), problem_images(judges, problem, seed)
     check_learnable(images, batch_size)
-    intact, generator = intact_accuracy(model, judges, problem, reference, seed), Generator().manual_seed(seed)
+    intact, generator = intact_accuracy(model, judges, problem, reference, seed), Generator(home).manual_seed(seed)
     masked = MaskedNetwork(model, example_of(train), len(problem.names), seed).eval()
     alone = torch.optim.Adam(masked.head.parameters(), head_lr)
     of_head = {"params": [*masked.head.parameters()], "lr": head_lr}
