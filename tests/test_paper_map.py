@@ -12,12 +12,13 @@ from modnb.lab.sources import PLACES, at_place, definitions, link_names, read_mo
 
 ROOT = Path(__file__).parents[1]
 EXPLANATIONS = sorted((ROOT / "nbs/explanations").glob("*.ipynb"))
-EQUATIONS = {"CNNSplitter": 5, "MwT": 6, "MODA": 9}  # numbered equations of the papers
+EQUATIONS = {"CNNSplitter": 5, "MwT": 6, "MODA": 9, "NeMo": 0}  # numbered equations of the papers
 NOT_OURS = {("MODA", "Eq. 1")}  # a layer of PyTorch
 SECTIONS = {  # how a method works; results are experiments
     "CNNSplitter": ["3.1", "3.2", "3.2.1", "3.2.2", "3.3", "3.3.1", "3.3.2", "3.3.3", "4", "5.2", "5.3"],
     "MwT": ["3.2", "3.2.1", "3.2.2", "3.2.3", "3.3", "3.4", "4.1", "4.2"],
     "MODA": ["3.1", "3.2", "3.3", "4", "5.2"],
+    "NeMo": [],
 }
 
 

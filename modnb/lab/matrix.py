@@ -320,7 +320,9 @@ def choose_studies(
 
 # %% ../../nbs/lab/01_matrix.ipynb #1147cbc8
 NOT_DECIDING = ("study", "out", "root", "device", "seed") # parameters of a training that its result does not depend on
-LATER = {"keep": "last", "extra": False, "normalisation": ""} # came later; with these values of no effect
+LATER = { # came later; with these values of no effect on what was there before
+    "keep": "last", "extra": False, "normalisation": "", "w_contrast": 0.5, "temperature": 0.3, "contrast": "released",
+    "spared": None, "attention": "neurons"}
 
 @dataclass(frozen=True)
 class Cell:

@@ -27,6 +27,7 @@ from ..moda.decompose import active_units
 from ..models import create_model, model_options
 from ..mwt.generators import add_mask_generators, mask_generators, remove_mask_generators
 from ..mwt.modularize import sample_masks
+from ..nemo.neurons import ATTENTION, add_neuron_generators
 from ..units import observe
 
 # %% ../../nbs/lab/05_trained.ipynb #65a6b2c0
@@ -40,8 +41,10 @@ def build_network(
     network = create_model(**plain, seed=seed)
     if "mask_generators" not in config: return network
     example = torch.zeros(2, 3, plain["image_size"], plain["image_size"])
-    options = {"form": config["mask_generators"], "first": config["mask_first"], "floor": config["mask_floor"]}
-    return add_mask_generators(network, example, **options, seed=seed)
+    kind = config["mask_generators"]
+    options = {"first": config["mask_first"], "floor": config["mask_floor"], "seed": seed}
+    if kind in ATTENTION: return add_neuron_generators(network, example, kind, **options)
+    return add_mask_generators(network, example, form=kind, **options)
 
 # %% ../../nbs/lab/05_trained.ipynb #0133cc7c
 IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)} # constants of CNNSplitter's program
@@ -91,6 +94,11 @@ class Trained:
         return self.run["system"]
 
     @property
+    def by_generators(self) -> bool: # of MwT or NeMo
+        "Do mask generators say what an image uses?"
+        return self.network is not self.plain
+
+    @property
     def example(self) -> torch.Tensor: # `[2, 3, H, W]`, on the device
         "Two images to trace networks with."
         return self.data.example(2)
@@ -112,7 +120,7 @@ class Trained:
         rule: str, # one of `EMPTY_RULES`, or "own": that of the system's program
     ) -> str: # one of `EMPTY_RULES`
         "Decide what becomes of a class without a unit in a layer (MwT's program, MODA's program)."
-        own = "relax" if self.system == "mwt" else "top_share"
+        own = "relax" if self.by_generators else "top_share"
         return choose(own if rule == "own" else rule, tuple(EMPTY_RULES), "rule for empty layers")
 
     def counting(
@@ -175,6 +183,6 @@ def used_units(
 ) -> torch.Tensor: # bool [N, K], all sites side by side
     "Collect what each image uses, by the system's own rule."
     sites = list(sites)
-    found = (sample_masks(trained.network, split, **counting) if trained.system == "mwt"
+    found = (sample_masks(trained.network, split, **counting) if trained.by_generators
              else active_samples(trained.plain, split, sites, **counting))
     return torch.cat([found[site] for site in sites], 1)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['PUBLISHED_WEIGHTS', 'cohesion_loss', 'coupling_loss', 'mask_health', 'find_collapse', 'published_weights',
-           'CollapseWarning', 'MwT']
+           'CollapseWarning', 'MaskTerms', 'MwT']
 
 # %% ../../nbs/mwt/01_losses.ipynb #aedfa20b
 import warnings
@@ -88,8 +88,40 @@ def published_weights(
 class CollapseWarning(UserWarning):
     "Layers of a modular model are dead, or it has come to say always the same."
 
+# %% ../../nbs/mwt/01_losses.ipynb #a7c31e02
+class MaskTerms(WeightedTerms):
+    "Cross-entropy and weighted terms on soft masks, with a watch for their collapse."
+
+    def __init__(
+        self,
+        watch: int = 1, # epochs from one look for a collapse to the next; 0: never
+        label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1
+        warmup: float = 0.0, # share of the epochs in which the weights rise from 0, 0 to 1
+    ):
+        super().__init__(label_smoothing, warmup)
+        # not public: it does not decide the weights, so a run may resume with another
+        self._watch = check_number("watch", watch, 0)
+
+    def prepare(
+        self,
+        model: nn.Module, # with mask generators, in training mode
+        example: Tensor, # on the device of the model
+    ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
+        "Make the soft masks visible; ValueError for a model without mask generators."
+        super().prepare(model, example)
+        return fuse_scaling(observe_masks(model))
+
+    def end_epoch(
+        self,
+        row: dict[str, float], # of the history
+    ) -> None:
+        "Warn of a collapse, from the means over the epoch."
+        if not self._watch or row["epoch"] % self._watch: return
+        found = find_collapse(row)
+        if found: warnings.warn(f"modular training is collapsing: {'; '.join(found)}", CollapseWarning, stacklevel=2)
+
 # %% ../../nbs/mwt/01_losses.ipynb #744f2ede
-class MwT(WeightedTerms):
+class MwT(MaskTerms):
     "Modular training: cross-entropy, cohesion loss and coupling loss (MwT Eq. 6)."
 
     def __init__(
@@ -101,21 +133,10 @@ class MwT(WeightedTerms):
         label_smoothing: float = 0.0, # fraction of the target spread over all classes, 0 to 1; as published 0
         warmup: float = 0.0, # share of the epochs in which both weights rise from 0, 0 to 1; as published 0
     ):
-        super().__init__(label_smoothing, warmup)
-        for name, value in {"w_cohesion": w_cohesion, "w_coupling": w_coupling, "watch": watch}.items():
-            check_number(name, value, 0)
+        super().__init__(watch, label_smoothing, warmup)
         self.average = choose(average, AVERAGES, "average")
-        self.w_cohesion, self.w_coupling = w_cohesion, w_coupling
-        self._watch = watch # not public: it does not decide the weights, so a run may resume with another
-
-    def prepare(
-        self,
-        model: nn.Module, # from `add_mask_generators`, in training mode
-        example: Tensor, # on the device of the model
-    ) -> nn.Module: # gives (logits, {site: soft mask}); shares all parameters with `model`
-        "Make the soft masks visible; ValueError for a model without mask generators."
-        super().prepare(model, example)
-        return fuse_scaling(observe_masks(model))
+        self.w_cohesion = check_number("w_cohesion", w_cohesion, 0)
+        self.w_coupling = check_number("w_coupling", w_coupling, 0)
 
     def __call__(
         self,
@@ -129,12 +150,3 @@ class MwT(WeightedTerms):
         terms = {"cross_entropy": self.cross_entropy(logits, labels), "cohesion_loss": together, "coupling_loss": apart}
         loss = self.add_up(terms, {"cohesion_loss": self.w_cohesion, "coupling_loss": self.w_coupling})
         return loss, terms | mask_health(rows, logits)
-
-    def end_epoch(
-        self,
-        row: dict[str, float], # of the history
-    ) -> None:
-        "Warn of a collapse, from the means over the epoch."
-        if not self._watch or row["epoch"] % self._watch: return
-        found = find_collapse(row)
-        if found: warnings.warn(f"modular training is collapsing: {'; '.join(found)}", CollapseWarning, stacklevel=2)

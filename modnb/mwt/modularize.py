@@ -8,6 +8,7 @@ __all__ = ['used_kernels', 'observe_use', 'passes', 'mask_statistics', 'mask_rat
 
 # %% ../../nbs/mwt/02_modularize.ipynb #3d0919ef
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch.distributed import ProcessGroup
 
 from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
-from ..masks import ModuleMasks, threshold_masks
+from ..masks import ModuleMasks, outline, threshold_masks
 from ..metrics import cohesion, coupling, jaccard, kernel_retention
-from .generators import mask_generators, maskable_sites, observe_masks
-from .losses import MwT
+from .generators import PREFIX, mask_generators, maskable_sites, observe_masks
+from .losses import MaskTerms
 from ..objectives import CrossEntropy, Objective
 from ..prediction import evaluate
 from ..units import observe
@@ -91,7 +92,9 @@ def modularize(
     **options, # batch_size, augment and generator of `mask_statistics`
 ) -> ModuleMasks: # a module for each class, on the CPU
     "Find the kernels that each class needs; ValueError for bad arguments, classes without images (MwT Sec. 3.3)."
-    return threshold_masks(mask_rates(model, split, **options), split.classes, keep_threshold, empty)
+    masks = threshold_masks(mask_rates(model, split, **options), split.classes, keep_threshold, empty)
+    plain = {name: shape for name, shape in outline(model).items() if not name.startswith(PREFIX)}
+    return replace(masks, network=plain) # which they refuse any other than
 
 # %% ../../nbs/mwt/02_modularize.ipynb #1606cde0
 def sample_masks(
@@ -152,12 +155,13 @@ class Recording(Objective):
 
     def __init__(
         self,
-        objective: Objective | None = None, # `MwT` or `CrossEntropy`; None: the latter
+        objective: Objective | None = None, # on soft masks, such as `MwT`, or `CrossEntropy`; None: the latter
         test: Split | None = None, # images whose accuracy after each epoch is recorded, too; None: none
     ):
         self._objective, self._test = CrossEntropy() if objective is None else objective, test
-        if not isinstance(self._objective, MwT | CrossEntropy):
-            raise ValueError(f"Recording takes MwT or CrossEntropy, not {type(objective).__name__}")
+        if not isinstance(self._objective, MaskTerms | CrossEntropy):
+            raise ValueError("Recording takes CrossEntropy or an objective on soft masks such as MwT, "
+                             f"not {type(objective).__name__}")
         self.start_epoch = self._objective.start_epoch
 
     def __repr__(self) -> str: return f"Recording({self._objective!r})"
@@ -169,7 +173,7 @@ class Recording(Objective):
     ) -> nn.Module: # gives (logits, {site: soft mask or map}); shares all parameters with `model`
         "Make the use of kernels visible; ValueError for MwT without mask generators."
         self._model, prepared = model, self._objective.prepare(model, example)
-        return prepared if isinstance(self._objective, MwT) else observe_use(model, example)
+        return prepared if isinstance(self._objective, MaskTerms) else observe_use(model, example)
 
     def end_epoch(
         self,
