@@ -52,4 +52,5 @@ def check_learnable(
     present = split.labels.unique().tolist()
     if len(present) > 1: return
     there = f"only images of {split.classes[present[0]]!r}" if present else "no images"
-    raise ValueError(f"there are {there}: gates learn what tells classes apart, and need images of two classes at least")
+    raise ValueError(f"there are {there}: gates learn what tells classes apart, and need images of two classes at "
+                     "least")

@@ -180,7 +180,7 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
         return rows_about(describe(run, known), notebook, sets)
     subtasks = draw_sizes(names, given["sizes"], given["subtasks_per_size"], given["subtask_seed"])
     sets = {"all": [None], "class": [[name] for name in names], "sub-task": subtasks}
-    own = {"cnnsplitter_search": "cnnsplitter", "gradsplitter": "gradsplitter", "seam": "seam"} # systems that start from plain networks
+    own = {"cnnsplitter_search": "cnnsplitter", "gradsplitter": "gradsplitter", "seam": "seam"} # of plain networks
     system = own.get(notebook, run["system"])
     lists = ABOUT_METRICS["lists"].get(notebook, {})
     levels = [{lists[name]: float(word)} for name in lists for word in given[name].split(",")] or [{}]

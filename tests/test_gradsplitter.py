@@ -1,6 +1,8 @@
-"""GradSplitter: classes folded into the batch against one pass a class, heads, choice of a state, modules, bad input."""
+"""GradSplitter: classes folded into the batch against one pass a class, heads, the choice of a state, bad input."""
 
+import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from modnb.gates import check_learnable, frozen, gate
 from modnb.gradsplitter.gates import GatedNetwork, gate_sites, keep_one
 from modnb.gradsplitter.learn import (
     Heads,
+    Learned,
     Phase,
     State,
     all_logits,
@@ -22,10 +25,13 @@ from modnb.gradsplitter.learn import (
     schedule,
     score_loss,
 )
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
 from modnb.models import create_model
 
 CLASSES = ["a", "b", "c"]
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 
 class Branches(nn.Module):
@@ -33,7 +39,8 @@ class Branches(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.stem, self.conv, self.relu, self.last = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(), nn.Linear(4, 3)
+        self.stem, self.conv = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.relu, self.last = nn.ReLU(), nn.Linear(4, 3)
 
     def forward(self, x):
         x = self.stem(x)
@@ -73,7 +80,8 @@ def test_folded_classes_are_one_pass_a_class(name):
     "Outputs and gradients of the gates, against the masked network of each class by itself"
     model, images = network(name), torch.rand(4, 3, 16, 16)
     gated = GatedNetwork(model, images, 3, "first")
-    with torch.no_grad(): assert torch.allclose(gated(images), model(images).expand(3, 4, 3), atol=1e-4), "all-ones gates change nothing"
+    with torch.no_grad(): found, whole = gated(images), model(images)
+    assert torch.allclose(found, whole.expand(3, 4, 3), atol=1e-4), "all-ones gates change nothing"
     weights, together = torch.rand(3, 4, 3), drawn(gated)(images)
     (together * weights).sum().backward()
     found = [values.grad.clone() for values in gated.values]
@@ -94,7 +102,6 @@ def test_modules_are_the_gated_network(name):
     masks = ModuleMasks(gated.kept(), CLASSES).of(model)
     assert masks.flat().any() and not masks.flat().all() and list(masks.masks.values())[-1][0].sum() == 1
     heads = Heads(3, 3)
-    from modnb.gradsplitter.learn import Learned
     modules = make_modules(model, Learned(masks, heads, [], 1), ["c", "a", "b"], images)
     with torch.no_grad():
         outputs = gated(images)
@@ -109,7 +116,8 @@ def test_the_published_rule_keeps_what_the_gated_network_had_not():
     assert keep_one(gate(values), values, "largest").tolist() == [[0, 1], [1, 0]]
     gated = GatedNetwork(network("vgg12"), torch.rand(2, 3, 16, 16), 3, "first")
     gated.values[0].data[0] = -1
-    assert gated.gates()[0][0].sum() == 0 and next(iter(gated.kept().values()))[0].tolist() == [True] + [False] * (len(gated.values[0][0]) - 1)
+    kept = next(iter(gated.kept().values()))[0]
+    assert gated.gates()[0][0].sum() == 0 and kept[0] and kept.sum() == 1
 
 
 def test_equal_scores_cost_the_logarithm_and_right_ones_the_floor():
@@ -133,7 +141,7 @@ def test_turns_move_what_they_should_and_nothing_else():
     model, images = network("vgg12"), split()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     gated, heads = GatedNetwork(model, torch.rand(2, 3, 16, 16), 3), Heads(3, 3)
-    known, start = all_logits(gated, images, 5), heads.hidden.detach().clone()
+    known, start = all_logits(gated, images, 15), heads.hidden.detach().clone()
     for _ in epochs_of(Phase(1, 0.0, 0.01, 0.0), gated, heads, images, 8, torch.Generator().manual_seed(0)): pass
     assert all((values == 1).all() for values in gated.values) and not torch.equal(heads.hidden, start)
     assert torch.allclose(all_logits(gated, images), known, atol=1e-5)
@@ -151,7 +159,8 @@ def test_the_published_schedule():
 
 
 def test_states_are_chosen_by_the_rule_or_by_hand():
-    states = [State(accuracy, share, [], {}) for accuracy, share in [(0.9, 1.0), (0.92, 0.5), (0.915, 0.3), (0.6, 0.1), (0.92, 0.7)]]
+    numbers = [(0.9, 1.0), (0.92, 0.5), (0.915, 0.3), (0.6, 0.1), (0.92, 0.7)]
+    states = [State(*pair, [], {}) for pair in numbers]
     assert [choose_state(states, pick) for pick in ("rule", "most accurate", "last", 4)] == [3, 5, 5, 4]
     assert choose_state(states, tolerance=0.5) == 4 and choose_state(states, reference=0.93) == 2
     with pytest.raises(ValueError, match="none of the 5 epochs reaches an accuracy of 0.980.*the best is 0.920"):
@@ -176,7 +185,7 @@ def test_learning_repeats_and_gives_the_state_it_says():
     ({"phases": [Phase(2, 1.0, 0.01, 1e6)]}, "alpha=1000000.0 has shut every gate"),
     ({"model": nn.Sequential(nn.Flatten(), nn.Linear(768, 8), nn.ReLU(), nn.Linear(8, 3))}, "no place for a gate"),
     ({"empty": "none"}, "no rule for empty layers 'none'"),
-    ({"empty": "error", "phases": [Phase(3, 1.0, 0.01, 1e6)]}, "has shut all .* kernels of a layer|has shut every gate")])
+    ({"empty": "error", "phases": [Phase(3, 1.0, 0.01, 1e6)]}, "has shut all .* kernels of a layer|every gate")])
 def test_bad_input_is_named(change, said):
     given = {"model": network("vgg12"), "train": split(), "valid": split(12), "phases": [Phase(1, 0.0, 0.01, 0.0)]}
     with pytest.raises(ValueError, match=said): learn_modules(**(given | change))
@@ -195,3 +204,17 @@ def test_gates_stand_behind_every_activation_of_maps():
     sites = gate_sites(network("resnet18"), torch.rand(2, 3, 16, 16))
     assert len(sites) == 17, "the first convolution, and two in each of eight blocks"
     assert len(gate_sites(network("vit_small"), torch.rand(2, 3, 16, 16))) > 1, "neurons between tokens"
+
+
+def test_the_experiment_leaves_rows_that_can_be_compared(tmp_path):
+    "From a trained network to rows, in the names that other methods use"
+    run_notebook(EXPERIMENTS / "gradsplitter.ipynb", tmp_path / "gradsplitter.ipynb", {"out": str(tmp_path)})
+    rows = read_rows(tmp_path / "rows.csv")
+    counts = rows.groupby("metric").size().to_dict()
+    assert counts == {"accuracy": 3, "composed_accuracy": 3, "composed_size": 2, "composed_flops": 2,
+                      "union_retention": 2, "kernel_retention": 11, "module_size": 11, "masked_retention": 1,
+                      "module_flops": 1, "overlap": 1, "coupling": 1, "modularizing_time": 1, "total_time": 1}
+    masks = ModuleMasks.load(tmp_path / "masks.safetensors")
+    kept = rows[(rows.metric == "masked_retention")].value.item()
+    assert masks.flat().double().mean().item() == pytest.approx(kept, abs=1e-6) and len(masks.classes) == 10
+    assert len(json.loads((tmp_path / "states.json").read_text())) == 6

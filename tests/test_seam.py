@@ -1,12 +1,15 @@
 """SeaM: weights behind gates, target problems, the choice of a state, structure of sparse networks, bad input."""
 
 import copy
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 from modnb.data import Split
+from modnb.lab.results import read_rows
+from modnb.lab.running import run_notebook
 from modnb.metrics import count_weights
 from modnb.models import create_model
 from modnb.seam.structure import find_units, make_module, paths, shrink, sparse_multiply_adds, sparse_network
@@ -24,6 +27,7 @@ from modnb.seam.weights import (
 from modnb.units import CONV_LAYERS
 
 CLASSES = ["a", "b", "c"]
+EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 
 
 def network(name: str = "vgg12", classes: int = 3) -> nn.Module:
@@ -31,7 +35,8 @@ def network(name: str = "vgg12", classes: int = 3) -> nn.Module:
     generator = torch.Generator().manual_seed(1)
     for layer in model.modules(): # as after a training
         if isinstance(layer, nn.BatchNorm2d):
-            for tensor in (layer.weight, layer.bias, layer.running_mean): tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
+            for tensor in (layer.weight, layer.bias, layer.running_mean):
+                tensor.data += 0.3 * torch.randn(tensor.shape, generator=generator)
     return model.eval()
 
 
@@ -84,7 +89,8 @@ def test_gates_are_of_convolutions_and_linear_layers_alone():
     names = weight_names(network("vgg12"))
     assert any(name.endswith("bias") for name in names) and not any("norm" in name or "bn" in name for name in names)
     made = MaskedNetwork(create_model("vgg16", width=0.125, image_size=32, seed=0), torch.rand(2, 3, 32, 32), 2).train()
-    assert not made.network.training and not any(layer.training for layer in made.network.modules() if isinstance(layer, nn.BatchNorm2d))
+    norms = [layer for layer in made.network.modules() if isinstance(layer, nn.BatchNorm2d)]
+    assert norms and not made.network.training and not any(layer.training for layer in norms)
     drops = [layer for layer in made.network.modules() if isinstance(layer, nn.Dropout)]
     assert all(layer.training for layer in drops)
 
@@ -110,13 +116,15 @@ def test_the_whole_network_can_be_judged_in_two_ways():
 
 
 def test_states_are_chosen_as_published():
-    path = [State(0.90, 1.0), State(0.96, 0.5), State(0.97, 0.5), State(0.95, 0.1), State(0.96, 0.4996), State(0.99, 0.4999)]
-    assert choose_state(path, 0.96) == 5, "smaller by steps of a tenth of a point; the last is larger than the one before"
+    numbers = [(0.90, 1.0), (0.96, 0.5), (0.97, 0.5), (0.95, 0.1), (0.96, 0.4996), (0.99, 0.4999)]
+    path = [State(*pair) for pair in numbers]
+    assert choose_state(path, 0.96) == 5, "smaller by steps of a tenth of a point; the last is larger than it"
     assert choose_state(path[:3], 0.96) == 3, "not larger, but more accurate"
     assert choose_state(path, 0.5) == 4 and choose_state(path, 1.0) == 4, "if nobody reaches it: largest difference"
 
 
-@pytest.mark.parametrize("name, share", [("vgg12", 0.3), ("vgg12", 0.05), ("resnet18", 0.1), ("mobilenet", 0.2), ("lenet5", 0.3)])
+@pytest.mark.parametrize("name, share", [
+    ("vgg12", 0.3), ("vgg12", 0.05), ("resnet18", 0.1), ("mobilenet", 0.2), ("lenet5", 0.3)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_shrunk_network_says_the_same(name, share, seed):
     model, images = sparse(name, share, seed), torch.rand(4, 3, 16, 16)
@@ -131,8 +139,7 @@ def test_a_shrunk_network_says_the_same(name, share, seed):
 def test_paths_against_a_slow_search():
     "Unit by unit: reached and read along weights of a network of convolutions in a row"
     model = sparse("vgg12", 0.3)
-    images, layers = torch.rand(2, 3, 16, 16), [layer for layer in model.modules() if isinstance(layer, (*CONV_LAYERS, nn.Linear))]
-    convs = [layer for layer in layers if isinstance(layer, CONV_LAYERS)]
+    images, convs = torch.rand(2, 3, 16, 16), [layer for layer in model.modules() if isinstance(layer, CONV_LAYERS)]
     tables = [conv.weight.detach().abs().flatten(2).sum(2) != 0 for conv in convs] # [K, K before]
     reached, alive = [], {*range(3)}
     for table in tables:
@@ -140,9 +147,9 @@ def test_paths_against_a_slow_search():
         reached.append(alive)
     found = list(paths(model, images).items())[:len(convs)]
     for (_, (there, _)), expected in zip(found, reached): assert {*there.nonzero().flatten().tolist()} == expected
-    for number in range(4): # a unit that the next layer does not look at is not read; maps are wide enough for all of a kernel
-        _, read = found[number][1]
-        looked_at = tables[number + 1][sorted(k for k in range(len(tables[number + 1])) if found[number + 1][1][1][k])].any(0)
+    for number in range(4): # what the next layer does not look at is not read; maps as wide as kernels
+        read, read_next = found[number][1][1], found[number + 1][1][1]
+        looked_at = tables[number + 1][read_next].any(0)
         assert torch.equal(read, looked_at)
 
 
@@ -164,7 +171,8 @@ def test_learning_gives_a_module_for_the_problem():
     again = mask_weights(model, images, split(12), ["a", "b"], epochs=6, batch_size=8, lr=0.2, head_lr=0.01)
     assert found.states == again.states and len(found.states) == 6
     assert found.states[0].share == 1, "the first epoch is of the head alone"
-    assert found.states[-1].share < 1 and found.network.share().item() == pytest.approx(found.states[found.epoch - 1].share)
+    assert found.states[-1].share < 1
+    assert found.network.share().item() == pytest.approx(found.states[found.epoch - 1].share)
     module, pixels = make_module(found, torch.rand(2, 3, 16, 16)), torch.rand(4, 3, 16, 16)
     with torch.no_grad():
         assert torch.allclose(module.network(pixels), found.network(pixels), atol=1e-3)
@@ -176,16 +184,32 @@ def test_learning_gives_a_module_for_the_problem():
 def test_one_class_against_the_rest():
     found = mask_weights(network(), split(), split(12), "b", against_rest=True, epochs=2, batch_size=8)
     module = make_module(found, torch.rand(2, 3, 16, 16))
-    assert module.network.classes == ["b", "rest"] and module.masks.classes == ["b"] and found.network.head[-1].out_features == 2
+    assert module.network.classes == ["b", "rest"] and module.masks.classes == ["b"]
+    assert found.network.head[-1].out_features == 2
 
 
 @pytest.mark.parametrize("change, said", [
-    ({"classes": ["a"]}, "a single class, 'a', has nothing to be told from"), ({"classes": CLASSES}, "has all 3 classes"),
+    ({"classes": ["a"]}, "a single class, 'a', has nothing to be told from"),
+    ({"classes": CLASSES}, "has all 3 classes"),
     ({"classes": ["a", "b"], "against_rest": True}, "is for one class"), ({"classes": ["a", "x"]}, "no class 'x'"),
     ({"alpha": 1e7, "lr": 1.0, "epochs": 4}, "alpha=10000000.0 has removed all of"), ({"alpha": 0}, "alpha"),
     ({"train": split().select([0, 3, 6])}, "only images of 'a'"), ({"judges": split().select([])}, "no image judges"),
     ({"batch_size": 1}, "batch_size"), ({"epochs": 1}, "epochs"),
     ({"model": nn.Flatten()}, "no convolution and no linear layer|outputs")])
 def test_bad_input_is_named(change, said):
-    given = {"model": network(), "train": split(), "judges": split(12), "classes": ["a", "b"], "epochs": 2, "batch_size": 8}
+    given = {"model": network(), "train": split(), "judges": split(12), "classes": ["a", "b"], "epochs": 2}
+    given["batch_size"] = 8
     with pytest.raises(ValueError, match=said): mask_weights(**(given | change))
+
+
+def test_the_experiment_leaves_rows_that_can_be_compared(tmp_path):
+    "From a trained network to rows, in the names that other methods use; the problem of all classes is left out"
+    settings = {"out": str(tmp_path), "sizes": "2,10", "gate_epochs": 8, "gate_lr": 0.1}
+    run_notebook(EXPERIMENTS / "seam.ipynb", tmp_path / "seam.ipynb", settings)
+    rows = read_rows(tmp_path / "rows.csv")
+    assert set(rows.metric) == {
+        "accuracy", "composed_accuracy", "composed_size", "composed_flops", "weight_retention", "filled",
+        "constant_units", "sparse_flops", "modularizing_time", "union_retention"}
+    assert rows.classes.unique().tolist() == ["1|8"] and (rows.system == "seam").all()
+    values = rows.set_index("metric").value
+    assert values["weight_retention"] < 1 and values["composed_size"] < 1.01 and 0 < values["filled"] <= 1

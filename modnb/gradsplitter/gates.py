@@ -91,8 +91,8 @@ def keep_one(
     "Leave every class a kernel; ValueError for empty=\"error\" where one has none."
     none = gates.sum(1, keepdim=True) == 0
     if empty == "error" and none.any():
-        raise ValueError(f"class {none.flatten().nonzero()[0].item()} has shut all {gates.shape[1]} kernels of a layer; a "
-                         "smaller alpha leaves more, empty=\"largest\" keeps the one nearest to being open")
+        raise ValueError(f"class {none.flatten().nonzero()[0].item()} has shut all {gates.shape[1]} kernels of a "
+                         "layer; a smaller alpha leaves more, empty=\"largest\" keeps the one nearest to being open")
     place = values.argmax(1) if empty == "largest" else torch.zeros_like(values[:, 0], dtype=torch.int64)
     return gates + none * F.one_hot(place, gates.shape[1])
 
@@ -121,13 +121,14 @@ class GatedNetwork(nn.Module):
         empty: str = "largest", # a class without a kernel in a layer: "largest", "first" (published) or "error"
     ):
         super().__init__()
-        self.empty, still, self.sites = choose(empty, EMPTY, "rule for empty layers"), frozen(model), gate_sites(model, example)
+        self.empty = choose(empty, EMPTY, "rule for empty layers")
+        still, self.sites = frozen(model), gate_sites(model, example)
         self.network = insert_gates(trace(still, example), self.sites, len(example)).eval()
         home = home_of(still, example.device)
         self.values = nn.ParameterList(torch.ones(classes, kernels, device=home) for kernels in self.sites.values())
         if not same_for_all(self, still, example.to(home)):
-            raise ValueError(f"{type(model).__name__} does not treat the images of a batch one by one, or asks for their "
-                             "number before the first gate; write -1 in the place of that number")
+            raise ValueError(f"{type(model).__name__} does not treat the images of a batch one by one, or asks "
+                             "for their number before the first gate; write -1 in the place of that number")
 
     def train(self, mode: bool = True) -> "GatedNetwork":
         "Stay in evaluation mode: the network is frozen."

@@ -38,7 +38,8 @@ class Heads(nn.Module):
         super().__init__()
         generator, limit = Generator().manual_seed(seed), outputs ** -0.5
         draw = lambda *shape: nn.Parameter((2 * torch.rand(classes, *shape, generator=generator) - 1) * limit)
-        self.hidden, self.hidden_bias, self.last, self.last_bias = draw(outputs, outputs), draw(outputs), draw(outputs), draw()
+        self.hidden, self.hidden_bias = draw(outputs, outputs), draw(outputs)
+        self.last, self.last_bias = draw(outputs), draw()
 
     def forward(
         self,
@@ -51,9 +52,10 @@ class Heads(nn.Module):
     def head(self, c: int) -> nn.Sequential: # [B, n] -> [B, 1]
         "Take out the head of one class, as layers of its own."
         hidden, last = nn.Linear(*self.hidden.shape[1:]), nn.Linear(self.hidden.shape[1], 1)
-        values = {"weight": self.hidden[c], "bias": self.hidden_bias[c]}, {"weight": self.last[c][None], "bias": self.last_bias[c][None]}
-        for layer, state in zip((hidden, last), values): layer.load_state_dict(state)
-        return nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), last, nn.Sigmoid()).to(self.last.device).eval().requires_grad_(False)
+        hidden.load_state_dict({"weight": self.hidden[c], "bias": self.hidden_bias[c]})
+        last.load_state_dict({"weight": self.last[c][None], "bias": self.last_bias[c][None]})
+        made = nn.Sequential(nn.ReLU(), hidden, nn.ReLU(), last, nn.Sigmoid())
+        return made.to(self.last.device).eval().requires_grad_(False)
 
 
 def score_loss(
@@ -87,7 +89,8 @@ def schedule(
     "Plan who learns when; ValueError for bad numbers."
     for name, value in {"first": first, "rounds": rounds, "joint": joint, "alone": alone}.items():
         check_number(name, value, 0, whole=True)
-    for name, value in {"lr": lr, "head_lr": head_lr, "first_lr": first_lr}.items(): check_number(name, value, 0, above=True)
+    for name, value in {"lr": lr, "head_lr": head_lr, "first_lr": first_lr}.items():
+        check_number(name, value, 0, above=True)
     check_number("alpha", alpha, 0)
     turn = [Phase(joint, lr, head_lr, alpha), Phase(alone, 0.0, head_lr, 0.0)]
     return [phase for phase in [Phase(first, 0.0, first_lr, 0.0), *rounds * turn] if phase.epochs]
@@ -96,9 +99,10 @@ def schedule(
 def all_logits(
     gated: GatedNetwork,
     split: Split, # on the device of the network
-    batch_size: int = 256, # images at a time, each once for every class
+    batch_size: int = 2560, # images at a time, counted once for every class
 ) -> Tensor: # [C, N, n]
     "Run a split through all modules, without gradients."
+    batch_size = max(1, batch_size // len(gated.values[0]))
     with torch.no_grad(): return torch.cat([gated(images) for images, _ in batches(split, batch_size)], 1)
 
 
@@ -145,14 +149,15 @@ def choose_state(
     "Choose an epoch; ValueError where none is good enough, or for one that does not exist."
     if not isinstance(pick, str): return check_number("pick", pick, 1, len(states), whole=True)
     choose(pick, PICKS, "way to pick a state")
-    best = max((state.accuracy, number) for number, state in enumerate(states, 1))
+    numbered = list(enumerate(states, 1))
+    best = max((state.accuracy, number) for number, state in numbered)
     if pick == "last": return len(states)
     if pick == "most accurate": return best[1]
     needed = (best[0] if reference is None else reference) - tolerance
-    enough = [(state.share, -state.accuracy, number) for number, state in enumerate(states, 1) if state.accuracy >= needed]
+    enough = [(state.share, -state.accuracy, number) for number, state in numbered if state.accuracy >= needed]
     if enough: return min(enough)[2]
-    raise ValueError(f"none of the {len(states)} epochs reaches an accuracy of {needed:.3f} on the held-out images, the best is "
-                     f"{best[0]:.3f}: a smaller alpha, more rounds or a larger tolerance would help")
+    raise ValueError(f"none of the {len(states)} epochs reaches an accuracy of {needed:.3f} on the held-out images, "
+                     f"the best is {best[0]:.3f}: a smaller alpha, more rounds or a larger tolerance would help")
 
 # %% ../../nbs/gradsplitter/01_learn.ipynb #5939ddb8
 class Learned(NamedTuple):
@@ -183,8 +188,8 @@ def check_splits(
     check_learnable(train, batch_size)
     images_per_class(train)
     if pick in ("rule", "most accurate") and not len(valid):
-        raise ValueError(f"pick={pick!r} chooses a state on held-out images, and there are none: load_dataset(valid=0.2) holds "
-                         "some out; pick='last' needs none")
+        raise ValueError(f"pick={pick!r} chooses a state on held-out images, and there are none: "
+                         "load_dataset(valid=0.2) holds some out; pick='last' needs none")
 
 # %% ../../nbs/gradsplitter/01_learn.ipynb #13a4bfde
 def learn_modules(
@@ -200,7 +205,7 @@ def learn_modules(
     seed: int = 1, # of the heads' first weights and the order of the images
     progress: bool | None = None, # bar on stderr; None: only on a terminal
 ) -> Learned:
-    "Learn what every class keeps of a frozen network; ValueError where nothing can be learned or nothing would be left."
+    "Learn what every class keeps of a frozen network; ValueError where nothing can be learned, or nothing is left."
     check_splits(train, valid, pick, batch_size)
     phases, home = schedule() if phases is None else phases, home_of(model, train.device)
     train, valid, classes = train.to(home), valid.to(home), len(train.classes)
@@ -210,7 +215,8 @@ def learn_modules(
     with tqdm(total=sum(phase.epochs for phase in phases), disable=not wants_progress(progress), unit="epoch") as bar:
         for phase in phases:
             for _ in epochs_of(phase, gated, heads, train, batch_size, generator):
-                copied = [v.detach().clone() for v in gated.values], {n: t.clone() for n, t in heads.state_dict().items()}
+                values, state = [v.detach().clone() for v in gated.values], heads.state_dict()
+                copied = values, {name: tensor.clone() for name, tensor in state.items()}
                 states.append(State(score(gated, heads, valid), gated.share().item(), *copied))
                 check_something_left(states[-1].share, phase.alpha)
                 bar.update()

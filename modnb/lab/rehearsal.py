@@ -101,8 +101,8 @@ SIZES = { # notebook -> setting -> its value in a rehearsal
                            "search_images": 20, "fewest_sure": 1, "subtasks_per_size": 1},
     "cnnsplitter_patch": {"strong_width": 0.125, "strong_epochs": 3, "strong_batch_size": 32, "weak_width": 0.125,
                           "weak_epochs": 2, "weak_batch_size": 32, "division": "4,1,1"},
-    "gradsplitter": {"first_epochs": 1, "rounds": 1, "joint_epochs": 1, "alone_epochs": 1, "gate_batch_size": 32, "gate_images": 100,
-                     "subtasks_per_size": 1},
+    "gradsplitter": {"first_epochs": 1, "rounds": 1, "joint_epochs": 1, "alone_epochs": 1, "gate_batch_size": 32,
+                     "gate_images": 100, "subtasks_per_size": 1},
     "seam": {"gate_epochs": 3, "gate_batch_size": 16, "subtasks_per_size": 1},
     "report": {"draws": 10},
 }

@@ -73,7 +73,8 @@ def find_units(
 ) -> dict[str, Units]: # by site behind an activation
     "Find the units that can go without any change of the outputs."
     found, home = paths(network, example), home_of(network, example.device)
-    with evaluating(network): said = observe(network, found, example)(torch.zeros_like(example[:1], device=home).repeat(2, 1, 1, 1))[1]
+    images = torch.zeros_like(example[:1], device=home).repeat(2, *[1] * (example.ndim - 1))
+    with evaluating(network): said = observe(network, found, example)(images)[1]
     units = {}
     for site, (reached, read) in found.items():
         speaks = (said[site] != 0).transpose(0, 1).flatten(1).any(1).cpu()
@@ -95,7 +96,8 @@ def shrink(
 ) -> Shrunk:
     "Cut units out of a sparse network that make no difference; ValueError where the outputs would differ all the same."
     units, anatomy = find_units(network, example), Anatomy(network, example)
-    pixels = torch.rand(example[:2].shape, generator=Generator().manual_seed(0)).to(home_of(network, example.device), example.dtype)
+    pixels = torch.rand(example[:2].shape, generator=Generator().manual_seed(0))
+    pixels = pixels.to(home_of(network, example.device), example.dtype)
     with evaluating(network): expected = network(pixels)
 
     def cut(keep):
@@ -108,7 +110,8 @@ def shrink(
     if not same: # somewhere a unit takes a constant along; such a site stays whole
         keep = {site: mask if cut({site: mask})[1] else torch.ones_like(mask) for site, mask in keep.items()}
         small, same = cut(keep)
-    if not same: raise ValueError(f"{type(network).__name__} has units that act on others unseen, so it cannot be shrunk")
+    if not same:
+        raise ValueError(f"{type(network).__name__} has units that act on others unseen, so it cannot be shrunk")
     filled = sum(int((p != 0).sum()) for p in small.parameters()) / max(1, count_weights(small))
     return Shrunk(small, keep, sum(int((found.constant & keep[site]).sum()) for site, found in units.items()), filled)
 

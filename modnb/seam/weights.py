@@ -24,6 +24,7 @@ from ..devices import home_of
 from ..gates import check_learnable, frozen, gate
 from ..prediction import predict
 from ..progress import wants_progress
+from ..settings import seeded
 from ..units import CONV_LAYERS
 
 # %% ../../nbs/seam/00_weights.ipynb #5eeac92b
@@ -44,11 +45,11 @@ def target_problem(
     if against_rest and len(chosen) > 1:
         raise ValueError(f"against_rest=True is for one class, not for {len(chosen)}")
     if len(chosen) == len(known):
-        raise ValueError(f"the target problem has all {len(known)} classes of the network, so there is nothing to leave out; name "
-                         "some of them")
+        raise ValueError(f"the target problem has all {len(known)} classes of the network, so there is nothing to "
+                         "leave out; name some of them")
     if len(chosen) == 1 and not against_rest:
-        raise ValueError(f"a single class, {known[chosen[0]]!r}, has nothing to be told from: name another one too, or pass "
-                         "against_rest=True")
+        raise ValueError(f"a single class, {known[chosen[0]]!r}, has nothing to be told from: name another one too, or "
+                         "pass against_rest=True")
     return Problem(chosen, [*(known[c] for c in chosen), *(["rest"] if against_rest else [])], against_rest)
 
 
@@ -70,11 +71,13 @@ def weight_names(
     model: nn.Module,
 ) -> list[str]: # of parameters, each once
     "List weights and biases of convolutions and linear layers; ValueError where there are none."
-    found = [f"{path}.{name}".lstrip(".") for path, layer in model.named_modules() if isinstance(layer, (*CONV_LAYERS, nn.Linear))
-             for name, _ in layer.named_parameters(recurse=False)]
+    layers = ((path, layer) for path, layer in model.named_modules() if isinstance(layer, (*CONV_LAYERS, nn.Linear)))
+    found = {f"{path}.{name}".lstrip(".") for path, layer in layers
+             for name, _ in layer.named_parameters(recurse=False)}
     once = [name for name, _ in model.named_parameters() if name in found]
     if once: return once
-    raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is no weight to put a gate at")
+    raise ValueError(f"{type(model).__name__} has no convolution and no linear layer, so there is no weight to put a "
+                     "gate at")
 
 
 class MaskedNetwork(nn.Module):
@@ -175,8 +178,8 @@ def learn_epoch(
 ) -> None:
     "Go through the images once."
     masked.train()
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(torch.randint(2**62, (), generator=generator).item()) # of dropout
+    dropout = torch.randint(2**62, (), generator=generator, device=generator.device).item()
+    with seeded(dropout, split.device):
         for images, labels in batches(split, batch_size, augment=augment, shuffle=True, generator=generator):
             optimizer.zero_grad()
             loss = F.cross_entropy(masked(images), labels)
@@ -193,7 +196,8 @@ def check_something_left(
     "Raise ValueError naming the first weight of which nothing is left: the answers would be the same for every image."
     for name, values in zip(masked.names, masked.values):
         if values.ndim > 1 and not (values > 0).any():
-            raise ValueError(f"alpha={alpha} has removed all of {name!r}, so the network says the same for every image; take a smaller one")
+            raise ValueError(f"alpha={alpha} has removed all of {name!r}, so the network says the same for every "
+                             "image; take a smaller one")
 
 # %% ../../nbs/seam/00_weights.ipynb #70d4f8f9
 def mask_weights(
@@ -220,18 +224,20 @@ def mask_weights(
     train, judges = train.to(home), judges.to(home)
     images, others = problem_images(train, problem, seed), problem_images(judges, problem, seed)
     check_learnable(images, batch_size)
-    intact, generator = intact_accuracy(model, judges, problem, reference, seed), Generator().manual_seed(seed)
+    intact, generator = intact_accuracy(model, judges, problem, reference, seed), Generator(home).manual_seed(seed)
     masked = MaskedNetwork(model, example_of(train), len(problem.names), seed).eval()
     alone = torch.optim.Adam(masked.head.parameters(), head_lr)
-    both = torch.optim.Adam([{"params": [*masked.values], "lr": lr}, {"params": [*masked.head.parameters()], "lr": head_lr}])
+    of_head = {"params": [*masked.head.parameters()], "lr": head_lr}
+    both = torch.optim.Adam([{"params": [*masked.values], "lr": lr}, of_head])
     states, best, chosen = [], {}, 0
     for epoch in tqdm(range(epochs), disable=not wants_progress(progress), unit="epoch"):
-        of_head = epoch % 5 == 0
-        learn_epoch(masked, images, alone if of_head else both, 0.0 if of_head else alpha, batch_size, generator, augment)
+        optimizer, price = (both, alpha) if epoch % 5 else (alone, 0.0)
+        learn_epoch(masked, images, optimizer, price, batch_size, generator, augment)
         check_something_left(masked, alpha)
         right = (predict(masked, others).argmax(1) == others.labels).double().mean().item()
         states.append(State(right, masked.share().item()))
         if choose_state(states, intact) != len(states): continue
-        chosen, best = len(states), {name: t.clone() for name, t in masked.state_dict().items() if not name.startswith("network.")}
+        learned = {name: t for name, t in masked.state_dict().items() if not name.startswith("network.")}
+        chosen, best = len(states), {name: t.clone() for name, t in learned.items()}
     masked.load_state_dict(best, strict=False)
     return Masked(problem, masked.requires_grad_(False), states, chosen, intact)
