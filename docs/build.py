@@ -1,6 +1,6 @@
 """Builds README.md, the site where Quarto is not installed, and the sidebar for Quarto where it is.
 
-    python docs/build.py readme|site|sidebar|refresh
+    python docs/build.py readme|experiments|site|sidebar|refresh
 
 nbdev does a part of it (links to definitions, hidden cells) by its Python functions. Its commands `nbdev_docs` and
 `nbdev_readme` would install Quarto system-wide, so they are not called from here.
@@ -13,6 +13,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor
 from configparser import ConfigParser
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from pages import NBS, ROOT, groups, heading, page_name, pages, quarto_sidebar  # noqa: E402
 
-from modnb.lab.definitions import module_of, origin  # noqa: E402
+from modnb.lab.definitions import run_file  # noqa: E402
 
 SETTINGS = ConfigParser(delimiters=["="])
 SETTINGS.read(ROOT / "settings.ini")
@@ -32,6 +33,25 @@ CALLOUT = re.compile(r"^:::+ *\{ *\.callout-(?P<kind>\w+)(?P<options>[^}]*)\} *\
 SIGNATURE = re.compile(r"^``` \{\.python \.signature\}\n(.*?)\n```$", re.MULTILINE | re.DOTALL)
 DIV = re.compile(r"^:::+ *\{ *[.#].*\} *$", re.MULTILINE)
 PICTURES = (".png", ".svg", ".jpg", ".jpeg", ".gif")
+
+
+def run_experiment(notebook: Path) -> None:
+    "Run one with its own values, unless that run is kept; where it fails, its page shows code alone"
+    from modnb.lab.running import NotebookFailed, run_notebook
+
+    kept = run_file(notebook)
+    if kept.exists(): return
+    for older in kept.parent.glob(f"{notebook.stem}-??????????.ipynb"): older.unlink()
+    (ROOT / "_proc/experiments" / notebook.name).unlink(missing_ok=True)  # what nbdev kept of the page
+    with TemporaryDirectory() as folder:
+        try: shutil.copy(run_notebook(notebook, Path(folder) / notebook.name, cwd=folder), kept)
+        except NotebookFailed as error: print(f"no run for the page of {error}")
+
+
+def run_experiments() -> None:
+    "What the pages of experiments show, two at a time"
+    (ROOT / "build/runs").mkdir(parents=True, exist_ok=True)
+    with ProcessPoolExecutor(2) as pool: list(pool.map(run_experiment, sorted((NBS / "experiments").glob("*.ipynb"))))
 
 
 # One notebook, prepared by nbdev
@@ -127,23 +147,6 @@ def convert_cell(cell: dict) -> dict | None:
     return cell
 
 
-def plain(text: str) -> str:
-    "The last paragraph of a text without its markup, as far as an alternative text should go"
-    words = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`$]", r"\1", text.strip().split("\n\n")[-1])
-    return " ".join(words.split())[:300]
-
-
-def describe_pictures(cells: list[dict]) -> int:
-    "Give pictures without a text of their own the paragraph in front of them; the number of those"
-    said, missing = "", 0
-    for cell in cells:
-        if cell["cell_type"] == "markdown": said = cell["source"]
-        elif has_picture(cell) and "image" not in cell["metadata"].get("mystnb", {}):
-            cell["metadata"].setdefault("mystnb", {})["image"] = {"alt": plain(said) or "Figure"}
-            missing += 1
-    return missing
-
-
 def convert_notebook(notebook: Path) -> dict:
     "One notebook, ready for Sphinx or nbconvert; its links are still those of the notebook"
     converted = process(NBS / notebook)
@@ -213,42 +216,19 @@ def readme_text() -> str:
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     text, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]: raise ValueError("README: the index must show pictures by a link to a file, not as output")
-    return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip().replace("\u00a0", " ") + "\n"
 
 
-def write_page(page: str, notebook: Path, source: Path) -> int:
-    "Write one page for Sphinx; the number of its pictures without a text of their own"
+def write_page(page: str, notebook: Path, source: Path) -> None:
+    "Write one page for Sphinx"
     import nbformat
-    from execnb.nbio import read_nb
-    from nbdev.process import NBProcessor
 
     converted = convert_notebook(notebook)
-    missing = describe_pictures(converted.cells)
     link_pages(converted, notebook)
-    for cell in converted.cells:
-        if cell["cell_type"] == "markdown" and "|---" in cell["source"].replace(" ", ""):
-            cell["source"] = mark_numbers(cell["source"])
     if page == "index": converted.cells.append(nbformat.v4.new_markdown_cell(toctrees()))
-    else:
-        module = module_of(NBProcessor(nb=read_nb(NBS / notebook), rm_directives=False).nb)
-        first = next(cell for cell in converted.cells if cell["cell_type"] == "markdown")
-        first["source"] = re.sub(r"\A(# .+(?:\n\n\*.+\*)?)", rf"\1\n\n{origin(notebook, module)}", first["source"])
     target = source / f"{page}.ipynb"
     target.parent.mkdir(parents=True, exist_ok=True)
     nbformat.write(converted, target)
-    return missing
-
-
-def mark_numbers(text: str) -> str:
-    "Tables of numbers in a container of their own, in which no number is broken"
-    def wrap(found: re.Match) -> str:
-        cells = [c.strip() for row in found[0].strip().split("\n")[2:] for c in row.strip("|").split("|")[1:]]
-        filled = [c for c in cells if c]
-        numbers = [c for c in filled if re.match(r"[-+]?[\d.]", c)]
-        if len(numbers) * 2 < len(filled) or not filled: return found[0]
-        return f"::::{{container}} numbers\n\n{found[0].strip()}\n\n::::\n"
-
-    return re.sub(r"(?:^\|.*\n?)+", wrap, text, flags=re.MULTILINE)
 
 
 def toctrees() -> str:
@@ -264,7 +244,7 @@ def build_site() -> None:
     "Convert all notebooks and let Sphinx make _docs/ of them; a warning stops it"
     with TemporaryDirectory() as folder:
         source = Path(folder) / "site"
-        missing = {notebook: write_page(page, notebook, source) for page, notebook in pages().items()}
+        for page, notebook in pages().items(): write_page(page, notebook, source)
         for picture in (p for p in NBS.rglob("*") if p.suffix in PICTURES and "runs" not in p.parts):
             (source / picture.relative_to(NBS)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, source / picture.relative_to(NBS))
@@ -273,9 +253,7 @@ def build_site() -> None:
         if ran.returncode: sys.exit("the site was not built: Sphinx warned, see above")
         shutil.rmtree(ROOT / "_docs", ignore_errors=True)
         shutil.move(f"{folder}/html", ROOT / "_docs")
-    lacking = [f"{notebook} ({count})" for notebook, count in missing.items() if count]
-    if lacking: print("pictures without `#| fig-alt:` have the paragraph in front of them instead:", ", ".join(lacking))
-    print(f"{len(missing)} pages: open {ROOT / '_docs/index.html'}")
+    print(f"{len(pages())} pages: open {ROOT / '_docs/index.html'}")
 
 
 def headline_rows():
@@ -317,7 +295,8 @@ def refresh() -> None:
 if __name__ == "__main__":
     match sys.argv[1:]:
         case ["readme"]: (ROOT / "README.md").write_text(readme_text(), encoding="utf-8")
+        case ["experiments"]: run_experiments()
         case ["site"]: build_site()
         case ["sidebar"]: (NBS / "sidebar.yml").write_text(quarto_sidebar(), encoding="utf-8")
         case ["refresh"]: refresh()
-        case _: sys.exit("usage: python docs/build.py readme|site|sidebar|refresh")
+        case _: sys.exit("usage: python docs/build.py readme|experiments|site|sidebar|refresh")

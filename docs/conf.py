@@ -20,7 +20,7 @@ extensions = ["myst_nb"]
 html_theme = "furo"
 html_title = settings["title"]
 html_static_path = ["static", "../nbs/site.css"]
-html_css_files, html_js_files = ["site.css", "furo.css"], ["offline.js"]
+html_css_files, html_js_files = ["site.css", "furo.css"], ["site.js"]
 html_favicon = html_logo = "../nbs/images/logo.svg"
 html_copy_source = False
 html_show_sphinx = False
@@ -38,7 +38,7 @@ nb_merge_streams = True
 nb_render_markdown_format = "gfm"
 myst_enable_extensions = ["dollarmath", "amsmath", "colon_fence", "attrs_inline", "deflist"]
 myst_heading_anchors = 4
-myst_heading_slug_func = "anchors.anchor"
+myst_heading_slug_func = "pages.anchor"
 suppress_warnings = ["mystnb.unknown_mime_type", "myst.header", "misc.highlighting_failure"]
 html_math_renderer = "mathml"
 

@@ -9,14 +9,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 NBS = ROOT / "nbs"
 
-TOP = {"0": "The ground", "1": "Shared vocabulary", "2": "One call", "9": "Utilities"}  # first digit of a notebook
-FOLDERS = {"cnnsplitter": "CNNSplitter", "mwt": "MwT", "moda": "MODA", "nemo": "NeMo", "lab": "The lab",
-           "experiments": "Experiments",
-           "findings": "Findings", "explanations": "Explanations"}  # in reading order
-ORDER = ["Start here", TOP["2"], TOP["0"], TOP["1"], *FOLDERS.values(), TOP["9"], "More"]
-EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
-               "moda_residual", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "demo_report",
-               "mwt_report", "report", "coverage"]
+START = ["index", "explanations/five_minutes", "explore", "tutorials/take_apart", "tutorials/one_call"]
+FOLDERS = {"tutorials": "Use", "explanations": "Understand", "experiments": "Experiments", "findings": "Results",
+           "lab": "Reference: The lab"}  # any other folder is a method
+TOP = {"0": "Reference: The ground", "1": "Reference: Shared vocabulary", "2": "Reference: One call",
+       "9": "Reference: Utilities"}  # first digit of a notebook
+ORDER = [*TOP.values(), FOLDERS["lab"]]  # of the parts of the reference
+READERS = ["Start", "Use", "Understand", "Methods", "Experiments", "Results", "Reference"]  # behind a colon: a part
+EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks", "moda_residual",
+               "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion",
+               "speed_search", "speed_agreement", "demo_report", "mwt_report", "report", "coverage"]
 
 
 def notebooks() -> list[Path]:
@@ -30,28 +32,38 @@ def page_name(notebook: Path) -> str:
     return (notebook.parent / re.sub(r"^\d+[a-z0-9]*_", "", notebook.stem.lower())).as_posix()
 
 
+@cache
+def method_name(folder: str) -> str:
+    "How the notebooks of a method most often write the name of their folder: MwT, not mwt"
+    texts = "".join((NBS / n).read_text(encoding="utf-8") for n in notebooks() if n.parts[0] == folder)
+    names = [name for name in re.findall(rf"\b{re.escape(folder)}\b", texts, re.IGNORECASE) if name != folder]
+    return max(names, key=names.count, default=folder)
+
+
 def group_of(notebook: Path) -> str:
     "The heading under which a notebook stands in the sidebar"
+    if page_name(notebook) in START: return "Start"
     match notebook.parts:
-        case [_] if notebook.stem in ("index", "explore"): return "Start here"
-        case ["tutorials", _]: return "Start here"
         case [folder, _, *_] if folder in FOLDERS: return FOLDERS[folder]
+        case [folder, _, *_]: return f"Methods: {method_name(folder)}"
         case [name] if name[0] in TOP: return TOP[name[0]]
-    return "More"
+    raise ValueError(f"docs/pages.py knows no place for {notebook}")
 
 
 def place(notebook: Path) -> tuple:
-    "Sorts notebooks of one group: the front page first, experiments in their own order, the others by name"
-    stem = notebook.stem
-    first = ["index", "explore"].index(stem) if stem in ("index", "explore") else 2
-    listed = EXPERIMENTS.index(stem) if notebook.parts[0] == "experiments" and stem in EXPERIMENTS else len(EXPERIMENTS)
-    return first, listed, notebook.as_posix()
+    "Sorts the notebooks: by reader, then as listed above, then by name"
+    group, page = group_of(notebook), page_name(notebook)
+    names, name = (START, page) if group == "Start" else (EXPERIMENTS, notebook.stem)
+    listed = names.index(name) if name in names else len(names)
+    return READERS.index(group.split(":")[0]), ORDER.index(group) if group in ORDER else 0, listed, notebook.as_posix()
 
 
+@cache
 def groups() -> dict[str, list[Path]]:
     "Headings in reading order, each with its notebooks"
-    found = {heading: sorted((n for n in notebooks() if group_of(n) == heading), key=place) for heading in ORDER}
-    return {heading: members for heading, members in found.items() if members}
+    found: dict[str, list[Path]] = {}
+    for notebook in sorted(notebooks(), key=place): found.setdefault(group_of(notebook), []).append(notebook)
+    return found
 
 
 def pages() -> dict[str, Path]:
@@ -61,6 +73,12 @@ def pages() -> dict[str, Path]:
         other = found.setdefault(page_name(notebook), notebook)
         if other != notebook: raise ValueError(f"{other} and {notebook} both make the page {page_name(notebook)}.html")
     return found
+
+
+def anchor(title: str) -> str:
+    "As Quarto and nbdev make it: `Masks.union` is #masks.union, `2 classes, in short` is #classes-in-short"
+    kept = re.sub(r"[^\w\s.-]", "", title.lower())
+    return re.sub(r"\s+", "-", re.sub(r"^[\W\d_]+", "", kept).strip())
 
 
 @cache
@@ -77,5 +95,10 @@ def quarto_sidebar() -> str:
     "sidebar.yml as nbdev would write it, but with our headings and order"
     import yaml
 
-    contents = [{"section": name, "contents": [p.as_posix() for p in members]} for name, members in groups().items()]
+    contents: list[dict] = []
+    for name, members in groups().items():
+        reader, _, part = name.partition(": ")
+        if not contents or contents[-1]["section"] != reader: contents.append({"section": reader, "contents": []})
+        files = [p.as_posix() for p in members]
+        contents[-1]["contents"] += [{"section": part, "contents": files}] if part else files
     return yaml.safe_dump({"website": {"sidebar": {"contents": contents}}}, sort_keys=False, allow_unicode=True)

@@ -4,12 +4,14 @@
 
 # %% auto #0
 __all__ = ['PART', 'PARTS', 'WIDEST', 'reorder_outputs', 'Composer', 'compose', 'ParallelModules', 'compose_parallel',
-           'pack_module', 'below', 'NeedsValues', 'described', 'Unregistered', 'registered', 'check_sizes',
-           'load_state', 'check_part', 'rebuild', 'unpack_module', 'save_module', 'load_module', 'save_onnx']
+           'operation_name', 'share_layers', 'pack_module', 'below', 'NeedsValues', 'described', 'Unregistered',
+           'registered', 'check_sizes', 'load_state', 'check_part', 'rebuild', 'unpack_module', 'save_module',
+           'load_module', 'save_onnx']
 
 # %% ../nbs/16_compose.ipynb #c78bd179
 import copy
 import json
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -18,10 +20,11 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .compat import needs
 from .data import Split, Stream, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
-from .extract import Anatomy
-from .files import UnreadableFile, atomic_path, check_header, load_tensors, save_tensors
+from .extract import Anatomy, logits_of
+from .files import UnreadableFile, atomic_path, check_header, digest, load_tensors, save_tensors
 from .masks import NAMES, ModuleMasks
 from .prediction import find_outputs
 from .units import unit_axis
@@ -66,11 +69,9 @@ class Composer:
         self.columns, self.axis = self._outputs(outputs)
 
     def _outputs(self, outputs) -> tuple[list[int], int]: # of each class; dimension of the outputs
-        source = next(node for node in self.anatomy.traced.graph.nodes if node.op == "output").args[0]
-        shape = source.meta["shape"] if isinstance(source, fx.Node) else None
-        if not isinstance(shape, tuple): raise ValueError("outputs needs a network that returns one tensor")
+        source = logits_of(self.anatomy.traced.graph)
         axis = unit_axis(source)
-        return find_outputs(self.masks.classes, shape[axis], outputs), axis
+        return find_outputs(self.masks.classes, source.meta["shape"][axis], outputs), axis
 
     def with_masks(
         self,
@@ -148,6 +149,48 @@ def compose_parallel(
     "Extract a module for each class and run them side by side; raises `ValueError` (CNNSplitter Sec. 3.3.1)."
     composer = Composer(model, masks, example, outputs)
     return ParallelModules([composer([c]) for c in class_indices(classes, masks.classes, sort=False)])
+
+# %% ../nbs/16_compose.ipynb #bc113dee
+def operation_name(
+    part: fx.GraphModule, # from `compose`
+    node: fx.Node, # of its graph
+    new: Mapping[fx.Node, fx.Node], # nodes so far -> what stands for them
+) -> tuple[Any, ...]: # equal for operations that calculate the same
+    "Name what a node calculates, weights and inputs included."
+    inputs = repr(fx.map_arg((node.args, node.kwargs), new.__getitem__))
+    if node.op == "call_module":
+        layer = part.get_submodule(node.target)
+        return repr(layer), layer.training, digest(layer.state_dict().values()), inputs
+    if node.op == "get_attr": return "tensor", digest([operator.attrgetter(node.target)(part)])
+    return node.op, node.target, inputs
+
+
+def share_layers(
+    beside: ParallelModules, # from `compose_parallel`; not changed
+) -> fx.GraphModule: # logits `[B, len(.classes)]`, the same as those of `beside`; layers are shared with it
+    "Write modules into one network that calculates once what they have in common; ValueError for other networks."
+    parts = list(beside.parts) if isinstance(beside, ParallelModules) else []
+    if not parts or not all(isinstance(part, fx.GraphModule) for part in parts):
+        raise ValueError("share_layers takes what compose_parallel returns, before anything else was done to it")
+    graph, root, known, ends = fx.Graph(), nn.Module(), {}, []
+    images = graph.placeholder("x")
+    for part in parts:
+        new: dict[fx.Node, fx.Node] = {}
+        for node in part.graph.nodes:
+            if node.op == "placeholder": new[node] = images; continue
+            if node.op == "output": ends.append(new[node.args[0]]); continue
+            name = operation_name(part, node, new)
+            if name not in known:
+                known[name] = graph.node_copy(node, new.__getitem__)
+                if node.op in ("call_module", "get_attr"):
+                    known[name].target = f"part{len(known)}"
+                    setattr(root, known[name].target, operator.attrgetter(node.target)(part))
+            new[node] = known[name]
+    graph.output(graph.call_function(torch.cat, (ends, 1)))
+    shared = fx.GraphModule(root, graph, "SharedModules")
+    shared.training = any(part.training for part in parts)
+    shared.classes, shared.preparation = beside.classes, beside.preparation
+    return shared
 
 # %% ../nbs/16_compose.ipynb #1318b240
 def pack_module(
@@ -351,10 +394,8 @@ def save_onnx(
     path: str | Path,
     notes: dict[str, Any] | None = None, # more metadata; written as JSON
 ) -> None:
-    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing."
-    try: import onnx, onnxscript # noqa: E401, F401
-    except ImportError as error:
-        raise ImportError("save_onnx needs two more packages: pip install onnx onnxscript") from error
+    "Write a network as one ONNX file, input `images`, output `scores`; `MissingExtra` without onnxscript."
+    onnx, _ = needs("onnx"), needs("onnxscript")
     images = example[:1].expand(2, *example.shape[1:]) # 1 would be taken as fixed
     images = images.to(home_of(module, example.device), dtype_of(module))
     options = {"input_names": ["images"], "output_names": ["scores"], "verbose": False, "external_data": False,

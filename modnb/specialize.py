@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['WAYS', 'SMOOTH_LEVELS', 'TOLERANCES', 'Candidate', 'pick', 'by_activity', 'by_contribution', 'try_all',
            'largest_difference', 'verify', 'report_lines', 'report_text', 'model_card', 'save_program', 'Specialized',
-           'Exported', 'load_specialized', 'data_parts', 'check_knowing', 'prepare_makers', 'specialize', 'measured']
+           'Exported', 'load_specialized', 'data_parts', 'check_knowing', 'prepare_makers', 'finetuned', 'specialize',
+           'measured']
 
 # %% ../nbs/20_specialize.ipynb #6a6bb491
 import copy
@@ -28,11 +29,12 @@ from .data import ImageData, Split, Stream, as_split, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
 from .extract import masked, without_rule
 from .files import UnreadableFile, atomic_path, write_text
+from .finetuning import modular_finetune
 from .masks import ModuleMasks, threshold_masks
 from .metrics import costs, count_weights
 from .moda.decompose import activation_rates, always_active
 from .moda.residual import contributions, keep_sums_alive, relative_contributions, sum_sites
-from .prediction import evaluate, output_names
+from .prediction import evaluate, only_logits, output_names
 from .progress import wants_progress
 from .subtasks import compare
 from .units import unit_sites
@@ -121,7 +123,7 @@ def largest_difference(
     "Compare a small network with the whole one whose other units are silenced."
     oracle, images = masked(model, small.keep, images), images.to(home_of(model, images.device))
     with evaluating(oracle), evaluating(small):
-        expected = oracle(images)[:, small.recipe["outputs"]].double()
+        expected = only_logits(oracle(images))[:, small.recipe["outputs"]].double()
         return ((small(images).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 
@@ -161,6 +163,7 @@ def report_text(
     how = f"units chosen by {report['way']}, level {report['level']:g}" if report["level"] else "all units stay"
     kept = ", ".join(f"{site} ({kind})" for site, kind in report["kept_whole"].items()) or "nothing"
     reached = "reached" if report["reached"] else "NOT reached, this is the nearest"
+    if report.get("epochs"): how += f", after {report['epochs']} epochs of modular fine-tuning"
     story = (f"Asked for: {asked}; {reached}. Of {report['tried']} candidates, on validation images: {how}. "
              f"Kept whole: {kept}. Largest difference to the whole network with silenced units: "
              f"{report['difference']:.1e} of the largest output.")
@@ -175,10 +178,11 @@ def model_card(
     head = ["---", "library_name: modnb", "pipeline_tag: image-classification", "tags:", "- image-classification",
             "- pruned", "---", "", f"# A network for {len(report['classes'])} classes", ""]
     known = ", ".join(f"{name} {value}" for name, value in (preparation or {}).items() if value is not None)
+    tuned = f"after {report['epochs']} epochs of" if report.get("epochs") else "without"
     pixels = ["## Images", "", f"Prepared with: {known or 'not recorded'}.", ""]
     return "\n".join([*head, report_text(report), "", *pixels,
                       "Made with [modnb](https://github.com/modnb/modnb) from a larger network: units that these "
-                      "classes do not use were taken out, without fine-tuning.", ""])
+                      f"classes do not use were taken out, {tuned} fine-tuning.", ""])
 
 
 def save_program(
@@ -307,6 +311,24 @@ def prepare_makers(
     return found
 
 
+def finetuned(
+    model: nn.Module, # the whole network; left as it is
+    parts: Mapping[str, Split | Stream | None], # from `data_parts`
+    columns: Sequence[int], # the output of each class
+    epochs: int, # 1 or more
+    progress: bool | None = None, # bar on stderr; None: only on a terminal
+) -> nn.Module: # a copy
+    "Fine-tune a network with MODA's losses; ValueError for one that is not trained, and for data that do not fit."
+    train, valid = parts["train"], parts["valid"]
+    if not isinstance(train, Split) or not isinstance(valid, Split):
+        raise ValueError("epochs: fine-tuning needs images in memory, as of load_dataset, not a stream; use epochs=0")
+    if list(columns) != [*range(len(train.classes))]:
+        raise ValueError("epochs: fine-tuning needs a network whose outputs are the classes of the data, in their "
+                         "order; use epochs=0")
+    images = ImageData("images", list(train.classes), train, valid, valid)
+    return modular_finetune(model, images, epochs=epochs, device=home_of(model, train.device), progress=progress)[0]
+
+
 def specialize(
     model: nn.Module, # trained, [B, C, H, W] -> logits [B, K]; not changed
     data: ImageData | Mapping[str, Any], # train, valid and perhaps test: splits, streams or loaders
@@ -316,6 +338,7 @@ def specialize(
     outputs: Mapping[str, int] | Sequence[str | int] | None = None, # the output of each class, see `find_outputs`
     ways: Iterable[str] = tuple(WAYS), # to choose units, see `WAYS`
     progress: bool | None = None, # bar on stderr; None: only on a terminal
+    epochs: int = 0, # of modular fine-tuning, from whose result candidates are made, too; 0: nothing is trained
 ) -> Specialized: # network and report
     """Make the smallest network for some classes that loses little enough, and prove that it is right.
 
@@ -324,7 +347,8 @@ def specialize(
     if max_loss is None and size is None: max_loss = 0.01
     if max_loss is not None: check_number("max_loss", max_loss, 0, 1)
     if size is not None: check_number("size", size, 0, 1, above=True)
-    parts = data_parts(data)
+    check_number("epochs", epochs, 0, whole=True)
+    parts, ways = data_parts(data), list(ways)
     train, home = parts["train"], home_of(model, torch.device("cpu"))
     chosen = [train.classes[c] for c in class_indices(classes, train.classes, sort=False)]
     if len(chosen) < 2: raise ValueError(f"at least two classes are needed to choose from, not only {chosen[0]!r}")
@@ -334,15 +358,21 @@ def specialize(
     valid = parts["valid"].subtask(chosen)
     before = compare(model, composer(chosen), parts["valid"], composer.columns)["accuracy"]
     check_knowing(before, chosen)
-    makers = prepare_makers(model, train, example, composer.columns, ways)
-    tried = try_all(composer, makers, chosen, valid, progress)
-    best, reached = pick([candidate for candidate, _ in tried], before, max_loss, size)
+    sources = [model, *([finetuned(model, parts, composer.columns, epochs, progress)] if epochs else [])]
+    tried = []
+    for source in sources:
+        makers = prepare_makers(source, train, example, composer.columns, ways)
+        composer = Composer(source, ModuleMasks({}, train.classes), train, outputs)
+        tried += [(*one, source, composer) for one in try_all(composer, makers, chosen, valid, progress)]
+    best, reached = pick([candidate for candidate, *_ in tried], before, max_loss, size)
     if not reached:
         warnings.warn(f"no network for these classes has max_loss {max_loss} and size {size}; the nearest loses "
                       f"{before - best.accuracy:.3f} with {best.size:.0%} of the weights", stacklevel=2)
-    small = composer.with_masks(next(masks for candidate, masks in tried if candidate == best))(chosen)
+    masks, source, composer = next(found for candidate, *found in tried if candidate == best)
+    small = composer.with_masks(masks)(chosen)
     report = {"classes": chosen, **best._asdict(), "reached": reached, "asked": {"max_loss": max_loss, "size": size},
-              "tried": len(tried), "difference": verify(model, small, example_of(valid, 8).to(home, dtype_of(model)))}
+              "tried": len(tried), "epochs": 0 if source is model else epochs,
+              "difference": verify(source, small, example_of(valid, 8).to(home, dtype_of(model)))}
     return Specialized(small, report | measured(model, small, parts, composer.columns, example), example[:1].cpu())
 
 # %% ../nbs/20_specialize.ipynb #03e7d380

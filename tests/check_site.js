@@ -46,6 +46,8 @@
   }
   const letters = main.querySelector("math mi[mathvariant=script], math mi[mathvariant=bold]"); // MathML Core draws these as plain ones
   if (letters) found.push(`a script or bold letter that looks like a plain one: ${shown(letters.closest("math").textContent)}`);
+  const here = document.querySelector("#quarto-sidebar .sidebar-link.active, .sidebar-tree .current-page > a")?.getBoundingClientRect();
+  if (innerWidth > 1000 && here && (here.top < 0 || here.bottom > innerHeight)) found.push("the sidebar does not show where one is");
   for (const signature of main.querySelectorAll(".signature")) {
     const text = signature.textContent.trim();
     if (/\]\(|<a |__main__|\*args, \*\*kwargs\)$/.test(text)) found.push(`not a signature: ${shown(text)}`);

@@ -210,15 +210,15 @@ SEARCHED = ["compose", "decompose", "fit"] # functions that readers look for
 
 
 def found_by_search(browser: Browser, site: Path, address: str, word: str) -> list[str]:
-    "Headings and pages that the site's own search shows first for a word"
+    "What the site's own search leads to for a word, the first results"
     if (site / "search.json").exists(): # Quarto: sections with their titles, searched in the page
         browser.open(f"{address}/index.html?q={word}&show-results=1")
-        shown = "[...document.querySelectorAll('.aa-Item')].map(e => e.textContent)"
+        results = ".aa-Item a"
     else: # Sphinx
         browser.open(f"{address}/search.html?q={word}")
-        shown = "[...document.querySelectorAll('#search-results li, .search li')].map(e => e.textContent)"
-    for _ in range(50):
-        if results := browser.evaluate(shown): return results
+        results = "#search-results li a"
+    for _ in range(100):
+        if found := browser.evaluate(f"[...document.querySelectorAll('{results}')].map(e => e.href)"): return found
         time.sleep(0.1)
     return []
 
@@ -226,8 +226,8 @@ def found_by_search(browser: Browser, site: Path, address: str, word: str) -> li
 def search_problems(browser: Browser, site: Path, address: str) -> list[str]:
     "Whether the search finds functions by their names"
     if not any((site / name).exists() for name in ("search.json", "searchindex.js")): return []
-    return [f"the search does not find {word!r}" for word in SEARCHED
-            if not any(word in text for text in found_by_search(browser, site, address, word))] + browser.complaints()
+    return [f"the search does not lead to the function {word!r}" for word in SEARCHED
+            if not any(link.endswith(f"#{word}") for link in found_by_search(browser, site, address, word))]
 
 
 def check(site: Path, program: str, only: list[str] = (), pictures: Path | None = None, dark: bool = False) -> dict:

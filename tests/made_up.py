@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas
 
-from modnb.cnnsplitter.search import RELEASED, published_rules
+from modnb.cnnsplitter.search import OURS, RELEASED, published_rules
 from modnb.cnnsplitter.sensitivity import PUBLISHED
 from modnb.lab import results
 from modnb.lab.matrix import ABOUT_METRICS, MEASURES, Cell, decided, read_matrix, stage_notebook, study_cells
@@ -64,7 +64,11 @@ def searched(settings: dict, run: dict) -> dict:
     own = f"{run['model']}-{run['dataset']}{'5' if five else ''}" if name == "published" else name
     rules = asdict(published_rules(own) if own else RELEASED)
     names = {"population": "individuals"} | {name: name for name in (
-        "parents", "elites", "fewest", "most", "mutation_rate", "initial_bias", "accuracy_weight", "accuracy_goal")}
+        "parents", "elites", "fewest", "most", "mutation_rate", "initial_bias", "accuracy_weight", "accuracy_goal",
+        "relative_goals")}
+    for name in (*OURS[1:], "linear", "renormalise_images"): # recorded where they are not as they were
+        if not known[name] or name == "renormalise_images": del known[name]
+    known["start"] = known["start"] or rules["initial"]
     decided = {setting: rules[name] for setting, name in names.items() if known[setting] is None}
     for name in ("keep_sensitive", "keep_insensitive"):
         decided |= {} if known[name] else {name: ",".join(f"{share:g}" for share in rules[name])}
@@ -176,7 +180,8 @@ def stage_rows(cell: Cell, stage: str, run: dict, names: list[str]) -> list[dict
         return rows_about(describe(run, known), notebook, sets)
     subtasks = draw_sizes(names, given["sizes"], given["subtasks_per_size"], given["subtask_seed"])
     sets = {"all": [None], "class": [[name] for name in names], "sub-task": subtasks}
-    system = "cnnsplitter" if notebook == "cnnsplitter_search" else run["system"]
+    own = {"cnnsplitter_search": "cnnsplitter", "gradsplitter": "gradsplitter", "seam": "seam"} # systems that start from plain networks
+    system = own.get(notebook, run["system"])
     lists = ABOUT_METRICS["lists"].get(notebook, {})
     levels = [{lists[name]: float(word)} for name in lists for word in given[name].split(",")] or [{}]
     if notebook == "moda_residual":

@@ -11,35 +11,46 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from references import set_jaccard
 
+from modnb.calibrate import calibrate, fit_calibration
 from modnb.cnnsplitter.importance import group_kernels, kernel_importance
 from modnb.cnnsplitter.outputs import ModuleRunner, composed_logits
 from modnb.cnnsplitter.search import (
+    CALIBRATED,
+    DEMO,
+    OURS,
     PAPER,
     RELEASED,
+    SHARED,
     Rules,
     breed,
     by_fitness,
+    compete,
     crossover,
+    draw_by_class,
     draw_groups,
     evaluate_population,
+    held_images,
     initial_population,
     mutate,
     mutated_genes,
+    next_generation,
     numbered_layers,
     published_rules,
     redraw,
     search,
+    shared_genes,
 )
 from modnb.cnnsplitter.sensitivity import PUBLISHED
 from modnb.cnnsplitter.tournament import jaccard_distances, threshold_for, tournament
-from modnb.data import load_dataset
+from modnb.compose import compose, compose_parallel, share_layers
+from modnb.data import example_of, load_dataset
 from modnb.files import load_tensors, save_tensors
 from modnb.lab.results import read_rows
 from modnb.lab.running import NotebookFailed, run_notebook
 from modnb.locks import Taken, claimed_file
-from modnb.masks import ModuleMasks
+from modnb.masks import ModuleMasks, outline
 from modnb.models import create_model
-from modnb.prediction import evaluate
+from modnb.prediction import evaluate, predict
 from modnb.training import fit
 
 # The tournament, one call for each combination
@@ -273,16 +284,29 @@ def trained():
     return model, data, group_kernels(importance, data.classes)
 
 
+@pytest.fixture(scope="module")
+def alike(trained):
+    "Groups of which the first layers, or all, stand for the same kernels in all classes"
+    model, data, _ = trained
+    importance = kernel_importance(model, data.train, min_confidence=0)
+    return lambda shared: group_kernels(importance, data.classes, shared=shared)
+
+
 SMALL = Rules(individuals=6, parents=3, elites=2, keep_sensitive=(0.7, 0.8, 0.9), fewest=20, most=40)
 SMALL_PAPER = replace(PAPER, individuals=6, parents=3, fewest=20, most=20)
+SMALL_OURS = replace(CALIBRATED, individuals=6, parents=3, elites=2, fewest=20, most=20, held_out=0.5, drawn=0.5)
+SMALL_SHARED = replace(SHARED, individuals=6, parents=3, elites=2)
+PART_SHARED = replace(SMALL_OURS, shared_layers=5)
 
 
 def rows(result): return [{name: value for name, value in row.items() if name != "seconds"} for row in result.history]
 
 
-@pytest.mark.parametrize("rules", [SMALL, SMALL_PAPER], ids=["released", "paper"])
-def test_search_repeats_and_resumes(rules, trained, tmp_path):
+@pytest.mark.parametrize("rules", [SMALL, SMALL_PAPER, SMALL_OURS, SMALL_SHARED],
+                         ids=["released", "paper", "calibrated", "shared"])
+def test_search_repeats_and_resumes(rules, trained, alike, tmp_path):
     model, data, grouping = trained
+    if rules.shared_layers: grouping = alike(rules.shared_layers)
     run = lambda generations, path=None, seed=3: search(
         model, data.valid, grouping, rules, generations=generations, seed=seed, checkpoint=path)
     whole = run(4)
@@ -301,6 +325,7 @@ def test_search_repeats_and_resumes(rules, trained, tmp_path):
 def test_result_is_what_composing_gives(trained):
     model, data, grouping = trained
     result = search(model, data.valid, grouping, SMALL, generations=3)
+    assert result.masks.network == outline(model), "another network refuses them"
     answers = composed_logits(model, result.masks, data.valid).argmax(1)
     assert (answers == data.valid.labels).double().mean().item() == pytest.approx(result.accuracy, abs=0.02) # one image
     flat = result.masks.flat()
@@ -408,6 +433,169 @@ def test_bad_input(trained, tmp_path):
     with pytest.raises(ValueError, match="two classes"): run(split=data.valid.subtask([0]), groups=alone)
     none = replace(grouping, segments=(), sizes=(), gene_of=grouping.gene_of[:, :0])
     with pytest.raises(ValueError, match="nothing to search"): run(groups=none)
+
+
+# Beyond the paper
+
+
+def test_what_is_ours_is_off_in_what_was_published():
+    usual = {"relative_goals": False, "matched": False, "held_out": 0.0, "drawn": 1.0, "size_weight": 0.0,
+             "size_goal": 0.0, "shared_layers": 0}
+    assert set(usual) == {*OURS}
+    for rules in (RELEASED, PAPER, DEMO, *map(published_rules, PUBLISHED)):
+        assert usual.items() <= asdict(rules).items() and rules.initial == "sensitivity"
+
+
+@given(st.integers(0, 10**6), st.integers(1, 30), st.sampled_from([0.1, 0.29, 0.5, 1.0]))
+def test_a_start_from_the_top_is_the_first_groups(seed, genes, share):
+    drawn = draw_groups(genes, [share], float("inf"), (2, 3), torch.Generator().manual_seed(seed))
+    count = max(1, int(share * genes + 1e-9))
+    assert drawn.tolist() == [[[gene < count for gene in range(genes)]] * 3] * 2
+
+
+@given(st.integers(0, 10**6), st.floats(0.05, 1.0))
+def test_images_are_drawn_from_each_class(seed, share):
+    random = torch.Generator().manual_seed(seed)
+    labels = torch.cat([torch.arange(4), torch.randint(4, (20,), generator=random)])
+    first = draw_by_class(labels, 0.5, random)
+    for c in range(4):
+        own = int((labels == c).sum())
+        assert int(first[labels == c].sum()) == max(1, round(0.5 * own))
+    others = ~first
+    if all((labels[others] == c).any() for c in range(4)):
+        drawn = draw_by_class(labels, share, random, others)
+        assert not (drawn & first).any() and {*labels[drawn].tolist()} == {0, 1, 2, 3}
+
+
+def test_images_held_out_have_no_say_in_who_is_fit(trained):
+    "Labels of these images are changed: the same individuals survive, other numbers judge them"
+    model, data, grouping = trained
+    rules, held = replace(SMALL_OURS, accuracy_goal=None), held_images(data.valid, SMALL_OURS, 3)
+    whole, found = predict(model, data.valid, precision="float32").T.contiguous(), []
+    for wrong in (False, True):
+        runner, state = ModuleRunner(model, data.valid, grouping.sites), None
+        if wrong: runner.labels = torch.where(held, 9 - runner.labels, runner.labels)
+        random = torch.Generator().manual_seed(0)
+        for _ in range(3): state = next_generation(runner, grouping, rules, None, state, random, whole, held)
+        found.append(state)
+    assert torch.equal(found[0].population, found[1].population) and torch.equal(found[0].fitness, found[1].fitness)
+    right, changed = ([row["accuracy"] for row in state.history] for state in found)
+    assert min(right) > max(changed)
+
+
+@pytest.mark.parametrize("rules", [SMALL_SHARED, PART_SHARED], ids=["all", "five"])
+def test_shared_layers_run_once_are_the_modules_side_by_side(rules, trained, alike):
+    model, data, _ = trained
+    grouping, example = alike(rules.shared_layers), data.example()
+    found = search(model, data.valid, grouping, rules, generations=2)
+    layers = len(grouping.segments) if rules.shared_layers == -1 else rules.shared_layers
+    sites = [site for segment in grouping.segments[:layers] for site in segment.sites]
+    assert all((found.masks.masks[site] == found.masks.masks[site][:1]).all() for site in sites)
+    assert torch.equal(found.population[:, :, :shared_genes(grouping, rules)],
+                       found.population[:1, :, :shared_genes(grouping, rules)].expand(10, -1, -1))
+    beside = compose_parallel(model, found.masks, data.classes, example)
+    shared, size = share_layers(beside), lambda network: sum(p.numel() for p in network.parameters())
+    torch.testing.assert_close(shared(example), beside(example), rtol=1e-5, atol=1e-5)
+    assert size(shared) < size(beside)
+    if rules.shared_layers == -1:
+        union = compose(model, found.masks, data.classes, example)
+        torch.testing.assert_close(union(example), beside(example), rtol=1e-4, atol=1e-4)
+        assert size(union) <= size(model)
+    logits = composed_logits(model, found.masks, data.valid)
+    held = held_images(data.valid, rules, 0)
+    judges = slice(None) if held is None else held
+    right = found.calibration(logits).argmax(1) == data.valid.labels
+    assert right[judges].double().mean().item() == pytest.approx(found.accuracy, abs=0.05)
+
+
+def test_groups_of_single_classes_are_not_shared(trained, alike):
+    model, data, grouping = trained
+    with pytest.raises(ValueError, match=r"group_kernels\(..., shared=-1\)"):
+        search(model, data.valid, grouping, SMALL_SHARED, generations=1)
+    with pytest.raises(ValueError, match="at most the 9 layers, not 10"):
+        search(model, data.valid, alike(-1), replace(SMALL_SHARED, shared_layers=10), generations=1)
+
+
+def test_matched_logits_are_lines_of_their_own(trained):
+    "Against numpy's straight line, on the images that are not held out"
+    import numpy
+
+    random = torch.Generator().manual_seed(0)
+    outputs, whole = torch.randn(2, 3, 12, generator=random), torch.randn(2, 12, generator=random)
+    held = torch.arange(12) % 3 == 0
+    found = compete(outputs, whole, SMALL_OURS, held)
+    for c in range(2):
+        for i in range(3):
+            line = numpy.polyfit(outputs[c, i, ~held].numpy(), whole[c, ~held].numpy(), 1)
+            expected = torch.from_numpy(numpy.polyval(line, outputs[c, i].numpy())).float()
+            torch.testing.assert_close(found[c, i], expected, rtol=1e-3, atol=1e-3)
+
+
+@settings(max_examples=20)
+@given(st.lists(st.integers(1, 9), min_size=4, max_size=4))
+def test_calibration_of_two_modules_has_a_closed_form(counts):
+    "One module says 0 or 1, the other nothing: the shares of the two classes among these images are met exactly"
+    said = torch.tensor([0., 0, 1, 1]).repeat_interleave(torch.tensor(counts))
+    labels = torch.tensor([0, 1, 0, 1]).repeat_interleave(torch.tensor(counts))
+    found = fit_calibration(torch.stack([said, torch.zeros_like(said)], 1), labels, decay=0)
+    odds = torch.tensor(counts).double().log()
+    at_zero, at_one = odds[0] - odds[1], odds[2] - odds[3]
+    torch.testing.assert_close(found.shift[0] - found.shift[1], at_zero, rtol=0, atol=1e-3)
+    torch.testing.assert_close(found.scale[0], at_one - at_zero, rtol=0, atol=1e-3)
+
+
+def test_calibrated_modules_have_scaled_logits(trained):
+    model, data, grouping = trained
+    masks = search(model, data.valid, grouping, SMALL, generations=0).masks
+    beside = compose_parallel(model, masks, data.classes, data.example())
+    logits = beside(example_of(data.train, 200))
+    wanted = fit_calibration(composed_logits(model, masks, data.train), data.train.labels)(logits)
+    torch.testing.assert_close(calibrate(beside, data.train)(example_of(data.train, 200)), wanted,
+                               rtol=1e-2, atol=1e-2)
+
+
+def test_neurons_of_linear_layers_are_searched(trained):
+    model, data, _ = trained
+    importance = kernel_importance(model, data.train, min_confidence=0, linear=True)
+    grouping = group_kernels(importance, data.classes)
+    plain = [segment for segment in importance if "classifier" not in segment.sites[0]]
+    assert len(importance) == len(plain) + 2 and list(importance)[:len(plain)] == plain
+    masks = search(model, data.valid, grouping, SMALL, generations=1).masks
+    assert 0 < masks.masks[list(importance)[-1].sites[0]].double().mean() < 1
+    beside = compose_parallel(model, masks, data.classes, data.example())
+    x = example_of(data.valid, 20)
+    torch.testing.assert_close(beside(x), composed_logits(model, masks, data.valid)[:20], rtol=1e-3, atol=1e-3)
+
+
+def test_a_size_that_is_not_reached(trained):
+    model, data, grouping = trained
+    rules = replace(SMALL, size_weight=0.5, size_goal=0.05)
+    with pytest.warns(UserWarning, match="no generation keeps at most 5% of the kernels; the nearest keeps"):
+        found = search(model, data.valid, grouping, rules, generations=2)
+    smallest = min(row["kernel_retention"] for row in found.history[1:])
+    assert not found.reached and found.kernel_retention == pytest.approx(smallest)
+    easy = search(model, data.valid, grouping, replace(rules, size_goal=0.95), generations=1)
+    assert easy.reached and easy.kernel_retention <= 0.95
+
+
+def test_a_network_that_knows_nothing_is_named(trained):
+    _, data, grouping = trained
+    fresh = create_model("vgg12", width=0.125, seed=5)
+    with pytest.warns(UserWarning, match="of the images of the search, of 10 classes, so its modules cannot be better"):
+        search(fresh, data.valid, grouping, SMALL, generations=0)
+
+
+def test_bad_input_of_what_is_ours(trained):
+    model, data, grouping = trained
+    for message, changes in {"held_out": {"held_out": 1.0}, "drawn": {"drawn": 0.0}, "size_weight": {"size_weight": 2},
+                             "size_goal": {"size_goal": -0.1}, "shared_layers": {"shared_layers": -2},
+                             "initial": {"initial": "bottom"}}.items():
+        with pytest.raises(ValueError, match=message): replace(SMALL, **changes)
+    one = data.valid.select([int((data.valid.labels == c).nonzero()[0]) for c in range(10)])
+    with pytest.raises(ValueError, match="there is one of 0, 1, 2"):
+        search(model, one, grouping, replace(SMALL, held_out=0.5), generations=0)
+    with pytest.raises(ValueError, match="no images of 3"):
+        search(model, data.valid.select(data.valid.labels != 3), grouping, SMALL_OURS, generations=0)
 
 
 def test_the_state_of_a_search_belongs_to_one_process(trained, tmp_path):

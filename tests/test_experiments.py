@@ -165,6 +165,25 @@ def test_speed_benchmark_measures_every_way(tmp_path):
         assert operations[f"{system}, ours"] < operations[f"{system}, published style"]
 
 
+def test_exported_networks_compute_the_same(tmp_path):
+    small = {"networks": "lenet5", "batch_sizes": "1,3", "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "exported.ipynb", tmp_path / "exported.ipynb", small)
+    rows = read_rows(tmp_path / "rows.csv")
+    apart = rows[rows.metric == "difference"]
+    assert sorted(apart.system) == ["onnx", "onnx", "program", "program"] and (apart.value < 1e-5).all()
+    assert (rows[rows.metric == "composed_size"].value < 0.6).all()
+
+
+def test_latency_benchmark_runs_every_way(tmp_path):
+    small = {"model": "lenet5", "width": 0.5, "rounds": 1, "classes": "2", "batch_sizes": "1,4", "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "latency.ipynb", tmp_path / "latency.ipynb", small)
+    rows = read_rows(tmp_path / "rows.csv")
+    rows = rows.pivot_table(index=["system", "config", "classes"], columns="metric", values="value")
+    assert len(rows) == 2 * 2 * 2 and (rows > 0).all(axis=None) and (rows.composed_size <= 1).all()
+    assert (rows.latency >= rows.latency_minimum).all()
+    assert (rows.latency_ratio.xs("all", level="classes") == 1).all()
+
+
 def test_search_benchmark_runs_every_way(tmp_path):
     small = {"individuals": 4, "images": 20, "sample": 2, "generations": 1, "out": str(tmp_path)}
     run_notebook(EXPERIMENTS / "speed_search.ipynb", tmp_path / "speed.ipynb", small)
@@ -175,13 +194,14 @@ def test_search_benchmark_runs_every_way(tmp_path):
 
 
 def test_agreement_benchmark_compares_the_loops(tmp_path):
-    run_notebook(EXPERIMENTS / "speed_agreement.ipynb", tmp_path / "speed.ipynb", {"seeds": 2, "out": str(tmp_path)})
+    asked = {"seeds": 2, "bfloat16": True, "out": str(tmp_path)}
+    run_notebook(EXPERIMENTS / "speed_agreement.ipynb", tmp_path / "speed.ipynb", asked)
     rows = read_rows(tmp_path / "rows.csv")
     accuracy = rows[rows.metric == "accuracy"]
-    assert len(accuracy) == 3 * 2 * 2 and accuracy.value.between(0.05, 1).all()
+    assert len(accuracy) == 3 * 2 * 3 and accuracy.value.between(0.05, 1).all()
     apart = rows[rows.metric == "loss_apart"].set_index("system").value
     assert (apart.filter(like="plain loop") == 0).all() and (apart.filter(like="float32") < 1e-3).all()
-    assert (apart.filter(like="fast loop") < 0.03).all() # bfloat16 where the processor has it
+    assert (apart.filter(like="fast loop") < 0.03).all() and (apart.filter(like="bfloat16") < 0.03).all()
 
 
 KNOBS = {

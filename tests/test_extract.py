@@ -1,5 +1,6 @@
 "Extraction equals the masked oracle, for every architecture and any mask."
 
+import copy
 import functools
 import math
 import warnings
@@ -364,7 +365,21 @@ def windows(net, x):
     return torch.cat([y[:, 2:6], x[:, :4]], dim=1)
 
 
+def filled(net, x):
+    y = torch.zeros_like(x)
+    y[:, :4] = F.relu(net.extra(x))[:, 4:]
+    return x + y
+
+
+def cleared(net, x):
+    y = net.extra(x).clone()
+    y[:, :2].zero_()
+    y[:, 2] += 1
+    return F.relu(y)
+
+
 TRICKY = {
+    "filled in parts": Block(filled), "cleared in parts": Block(cleared),
     "in place": Block(in_place), "in-place sum": Block(in_place_sum), "same layer twice": Block(same_layer_twice),
     "chunks": Block(halves), "slices": Block(windows), "shuffle": Block(lambda net, x: F.relu(net.extra(shuffle(x)))),
     "difference": Block(lambda net, x: F.relu(net.extra(x)) - x),
@@ -442,6 +457,30 @@ def test_heads_are_units(name):
         inner = any(part in path for part in ("qkv", "in_proj", "proj.weight"))
         assert count * heads == whole[path] if inner else count == whole[path], path
     assert sum(left.values()) == sum(p.numel() for p in anatomy.extract(keep).parameters())
+
+
+@pytest.mark.parametrize("version", ["", "V2"])
+def test_heads_of_torchvisions_windows_are_units(version):
+    "Shifted windows, which torchvision hides in one call of a function"
+    import_torchvision()
+    from torchvision.models import swin_transformer as swin
+
+    parts = {} if not version else {"block": swin.SwinTransformerBlockV2, "downsample_layer": swin.PatchMergingV2}
+    torch.manual_seed(0)
+    net = swin.SwinTransformer([2, 2], 8, [2, 2], [2, 4], [4, 4], num_classes=5, **parts).eval()
+    for parameter in net.parameters(): nn.init.normal_(parameter, 0.5, 0.3)
+    x = torch.randn(3, 3, 20, 20)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        anatomy = Anatomy(net, x[:2])
+    with torch.no_grad(): torch.testing.assert_close(anatomy.extract({})(x), net(x), rtol=1e-4, atol=1e-4)
+    heads = kind_of_sites(anatomy.traced, "head")
+    assert [n.meta["shape"][unit_axis(n)] for n in heads] == [2, 2, 4, 4]
+    for seed in range(3): assert_equals_oracle(anatomy, random_masks(anatomy, ["activation", "head"], 0.5, seed), x)
+    one = {n.meta["site"]: torch.arange(n.meta["shape"][unit_axis(n)]) == 1 for n in heads}
+    smaller = anatomy.extract(one)
+    assert smaller.get_parameter("features.1.0.attn.qkv.weight").shape == (12, 8)
+    assert smaller.get_parameter("features.3.1.attn.proj.weight").shape == (16, 4)
 
 
 def test_a_layer_called_several_times_is_there_once():
@@ -559,9 +598,31 @@ def test_fine_tuning_an_extracted_network():
     assert all(p.grad is not None for p in smaller.parameters())
 
 
-def test_moves_and_copies_like_any_module():
-    import copy
+class Dropped(nn.Module):
+    def __init__(self, always=False):
+        super().__init__()
+        self.first, self.last, self.always = nn.Linear(4, 64), nn.Linear(64, 3), always
 
+    def forward(self, x): return self.last(F.dropout(F.relu(self.first(x)), 0.5, self.training or self.always))
+
+
+@pytest.mark.parametrize("twice", [False, True])
+def test_dropout_by_a_function_lives_where_the_network_trains(twice):
+    net, x, keep = Dropped(), torch.randn(5, 4), {"relu": torch.arange(64) < 40}
+    assert extract(net.train(), keep, x).get_submodule("dropout_in_training").training
+    smaller = copy.deepcopy(extract(net.eval(), keep, x))
+    if twice: smaller = extract(smaller, {"relu": torch.arange(40) < 40}, x)
+    assert torch.equal(smaller(x), smaller(x)) and smaller(x).equal(extract(net, keep, x)(x))
+    torch.testing.assert_close(smaller(x), masked(net, keep, x)(x))
+    smaller.train()
+    assert not torch.equal(smaller(x), smaller(x))
+    seen = smaller.get_submodule("dropout_in_training")(torch.ones(1000))
+    assert 400 < (seen == 0).sum() < 600 and set(seen.tolist()) == {0.0, 2.0}
+    always = extract(Dropped(always=True).eval(), keep, x)
+    assert not torch.equal(always(x), always(x)), "what never stops does not stop here"
+
+
+def test_moves_and_copies_like_any_module():
     anatomy, x = anatomy_of("resnet18", "ours")
     smaller = anatomy.extract(random_masks(anatomy, ["activation"], 0.5, 0))
     again = copy.deepcopy(smaller).double()
@@ -641,6 +702,17 @@ def test_assignment_into_a_tensor_is_named():
             return x
 
     with pytest.raises(NotTraceable, match="Assigns"): extract(nn.Sequential(Assigns()), {}, torch.zeros(1, 3, 2, 2))
+
+
+def test_a_part_overwritten_through_a_view_is_named():
+    "`y` is read afterwards, but no line says that it has changed"
+    def through_a_view(net, x):
+        y = net.extra(x)
+        y[:, 0].zero_()
+        return F.relu(y)
+
+    with pytest.raises(NotTraceable, match="'zero_' overwrites a part of 'extra', which is read later"):
+        extract(Block(through_a_view).eval(), {}, torch.zeros(1, 3, 6, 6))
 
 
 def test_example_of_the_wrong_shape_names_the_node(lenet):

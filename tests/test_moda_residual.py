@@ -14,7 +14,7 @@ from modnb.data import Split
 from modnb.extract import Anatomy
 from modnb.lab.results import read_rows
 from modnb.lab.running import run_notebook
-from modnb.masks import ModuleMasks
+from modnb.masks import ModuleMasks, outline
 from modnb.moda.residual import (
     contributions,
     decompose_by_contribution,
@@ -222,6 +222,7 @@ def test_bad_input():
     with pytest.raises(ValueError, match="no site 'features.relu9'"): contributions(model, split, ["features.relu9"])
     with pytest.raises(ValueError, match="share must lie"): decompose_by_contribution(model, split, 0.0)
     everything = decompose_by_contribution(model, split)
+    assert everything.network == outline(model) # which it knows, so that another one refuses it
     make = lambda level: everything
     with pytest.raises(ValueError, match="must not be empty"): strictest_level(model, make, [], split, [[0, 1]])
     with pytest.raises(ValueError, match="must not be empty"): strictest_level(model, make, [0.1], split, [])

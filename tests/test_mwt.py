@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from modnb.compat import import_torchvision
+from modnb.compose import compose
 from modnb.data import Split, batches, load_dataset
 from modnb.extract import masked
 from modnb.lab.matrix import read_matrix, study_cells
@@ -664,6 +665,11 @@ def test_bad_subtasks_and_masks(trained):
     wide = create_model("vgg12", width=0.25)
     with pytest.raises(ValueError, match="another model"):
         Reuser(add_mask_generators(wide, data.example()), masks, data.example())
+    for own in (remove_mask_generators(modular), standard): compose(own, masks, ["3", "7"], data.example())
+    with pytest.raises(ValueError, match="masks are of another network"):
+        compose(wide, masks, ["3", "7"], data.example())
+    with pytest.raises(ValueError, match="masks are of another network"):
+        compose(wide, modularize(standard, data.train), ["3", "7"], data.example())
 
 
 # Linear layers at every position of a sequence or a map, and layers that know their mode

@@ -40,13 +40,12 @@ def test_a_page_is_ready_for_sphinx(page):
     "No directive is left, pictures have texts, and links lead to pages or to files of the repository"
     notebook = PAGES[page]
     converted = build.convert_notebook(notebook)
-    build.describe_pictures(converted.cells)
     build.link_pages(converted, notebook)
     text = [cell["source"] for cell in converted.cells if cell["cell_type"] == "markdown"]
     assert text[0].startswith(f"# {build.heading(notebook)[0]}\n")
     assert not any(re.search(r"^#\|", cell["source"], re.MULTILINE) for cell in converted.cells)
     for cell in converted.cells:
-        if build.has_picture(cell): assert cell["metadata"]["mystnb"]["image"]["alt"]
+        if build.has_picture(cell): assert "mystnb" in cell["metadata"], f"no `#| fig-alt:`: {cell['source'][:200]}"
     for path in re.findall(r"\]\(([^()\s#]+\.ipynb)", "\n".join(text)):
         if path.startswith("https:"): continue
         target = build.posixpath.normpath((Path(page).parent / path).as_posix()).removesuffix(".ipynb")
@@ -96,14 +95,11 @@ def test_figures_have_texts():
     assert shown["metadata"]["mystnb"] == {"image": {"alt": "Two bars: one is longer"},
                                            "figure": {"caption": "Bars", "name": "fig-a"}}
     assert build.convert_text("As @fig-a shows, a@b.org") == "As [](#fig-a) shows, a@b.org"
-    plain = build.convert_cell(cell("draw()"))
-    said = {"cell_type": "markdown", "source": "First.\n\nBars of [two](x.ipynb) *kinds*.", "metadata": {}}
-    assert build.describe_pictures([said, shown, plain]) == 1
-    assert plain["metadata"]["mystnb"]["image"]["alt"] == "Bars of two kinds."
 
 
 def test_headings_have_quartos_anchors():
-    anchor = load(ROOT / "docs/anchors.py").anchor
+    from pages import anchor
+
     names = {"Split.subtask": "split.subtask", "load_dataset": "load_dataset", "MwT's losses": "mwts-losses",
              "2 classes, in short": "classes-in-short", "A picture": "a-picture"}
     assert {name: anchor(name) for name in names} == names
@@ -113,20 +109,26 @@ def test_headings_have_quartos_anchors():
 
 
 def test_every_notebook_has_a_place():
-    from pages import EXPERIMENTS, group_of
+    from pages import EXPERIMENTS, START, group_of
 
-    assert len(PAGES) == len(build.groups()) + sum(len(g) - 1 for g in build.groups().values())
-    assert "More" not in build.groups(), "notebooks that no group of docs/pages.py takes"
+    assert len(PAGES) == sum(map(len, build.groups().values())) and list(PAGES)[:len(START)] == START
     for name in EXPERIMENTS: assert (NBS / f"experiments/{name}.ipynb").exists(), "docs/pages.py: EXPERIMENTS"
-    places = {"index": "Start here", "explore": "Start here", "tutorials/01_x": "Start here",
-              "explanations/01_x": "Explanations", "13_extract": "Shared vocabulary", "other/x": "More",
-              "experiments/train": "Experiments", "moda/00_losses": "MODA", "lab/00_running": "The lab",
-              "findings/01_measured": "Findings", "90_files": "Utilities"}
+    places = {"index": "Start", "tutorials/01_take_apart": "Start", "tutorials/09_x": "Use",
+              "explanations/01_x": "Understand", "moda/00_losses": "Methods: MODA", "other/x": "Methods: other",
+              "experiments/train": "Experiments", "findings/01_measured": "Results",
+              "13_extract": "Reference: Shared vocabulary", "lab/00_x": "Reference: The lab"}
     assert {name: group_of(Path(f"{name}.ipynb")) for name in places} == places
-    assert list(PAGES)[0] == "index"
-    headings = ["Start here", "One call", "The ground", "Shared vocabulary", "CNNSplitter", "MwT", "MODA", "The lab",
-                "Experiments", "Findings", "Explanations", "Utilities"]
-    assert list(build.groups()) == headings
+    with pytest.raises(ValueError, match="no place"): group_of(Path("x.ipynb"))
+    readers = list(dict.fromkeys(heading.split(":")[0] for heading in build.groups()))
+    assert readers == ["Start", "Use", "Understand", "Methods", "Experiments", "Results", "Reference"]
+    assert {"Methods: CNNSplitter", "Methods: MwT", "Methods: MODA"} <= set(build.groups()), "as papers write them"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page.split("/")[0] in ("cnnsplitter", "moda", "mwt")])
+def test_a_method_opens_with_a_picture_and_its_place_in_the_paper(page):
+    opening = "\n".join(cell["source"] for cell in build.convert_notebook(PAGES[page]).cells[:3])
+    assert re.search(r"^!\[[^\]]{40,}\]\(\.\./images/\w+\.svg\)", opening, re.MULTILINE)
+    assert re.search(r"\[\w+, Sections? [\d.]+[^\]]*\]\(\.\./explanations/01_paper_map", opening)
 
 
 def test_page_names_are_nbdevs():
@@ -141,7 +143,8 @@ def test_page_names_are_nbdevs():
 KNOWN = {"project": {"type"}, "format": {"html"}, "metadata-files": None,
          "website": {"twitter-card", "open-graph", "repo-actions", "navbar", "sidebar", "favicon", "page-navigation",
                      "bread-crumbs", "back-to-top-navigation", "search", "page-footer"}}
-KNOWN_HTML = {"theme", "toc", "toc-depth", "html-math-method", "code-copy", "code-overflow", "fig-format", "css"}
+KNOWN_HTML = {"theme", "toc", "toc-depth", "html-math-method", "code-copy", "code-overflow", "fig-format", "css",
+              "grid", "respect-user-color-scheme"}
 
 
 def test_quarto_settings():
@@ -160,8 +163,11 @@ def test_quarto_settings():
 
 def test_quarto_sidebar():
     contents = yaml.safe_load(build.quarto_sidebar())["website"]["sidebar"]["contents"]
-    assert [part["section"] for part in contents] == list(build.groups())
-    files = [name for part in contents for name in part["contents"]]
+    named = [f"{reader['section']}: {part['section']}" if isinstance(part, dict) else reader["section"]
+             for reader in contents for part in reader["contents"]]
+    assert list(dict.fromkeys(named)) == list(build.groups())
+    files = [name for reader in contents for part in reader["contents"]
+             for name in (part["contents"] if isinstance(part, dict) else [part])]
     assert files == [p.as_posix() for p in PAGES.values()] and all((NBS / name).exists() for name in files)
 
 

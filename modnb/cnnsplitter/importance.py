@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..checks import check_number, choose
+from ..compat import needs
 from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
 from ..extract import Anatomy
@@ -56,7 +57,7 @@ def join_pairs(
     pairs: Sequence[tuple[int, int]], # that belong together
 ) -> list[int]: # number of the group of each, groups in order of their first member
     "Find the groups that pairs make."
-    from scipy.sparse import coo_array
+    coo_array = needs("scipy.sparse").coo_array
     from scipy.sparse.csgraph import connected_components
 
     first, second = zip(*pairs) if pairs else ((), ())
@@ -93,6 +94,7 @@ def find_segments(
     model: nn.Module,
     example: Tensor, # [B, C, H, W], only its shape matters
     sites: Iterable[str] | None = None, # convolutions to search, from `unit_sites`; None: all but the outputs
+    linear: bool = False, # also the neurons of fully connected layers, which the paper leaves whole
 ) -> list[Segment]: # in order of execution
     "List layers, those that share kernels as one; ValueError if there is no convolution (CNNSplitter Sec. 3.1)."
     anatomy = Anatomy(model, example)
@@ -102,9 +104,13 @@ def find_segments(
     for node in found: segments.setdefault(groups[convolutions.index(node)], []).append(node)
     watched = {group: [s for s, one in sums.items() if groups[one] == group] or nodes
                for group, nodes in segments.items()}
+    neurons = kind_of_sites(anatomy.traced, "linear") if linear else []
+    hidden = [node for node in neurons if len(node.meta["shape"]) == 2]
+    alone = [Segment((node.meta["site"],), (len(found) + at,), node.meta["shape"][1], (activated(node).meta["site"],))
+             for at, node in enumerate(hidden)]
     return [Segment(tuple(n.meta["site"] for n in nodes), tuple(found.index(n) for n in nodes),
                     nodes[0].meta["shape"][1], tuple(activated(n).meta["site"] for n in watched[group]))
-            for group, nodes in segments.items()]
+            for group, nodes in segments.items()] + alone
 
 # %% ../../nbs/cnnsplitter/00_importance.ipynb #0d9e2328
 def sure_labels(
@@ -151,6 +157,7 @@ def kernel_importance(
     min_confidence: float = 0.9, # softmax of the right class below which an image is left out; 0: use all (paper)
     batch_size: int = 256, # images at a time
     fewest: int = 0, # images of each class, the surest ones, that count even below that; 0: none (its program)
+    linear: bool = False, # also of the neurons of fully connected layers, see `find_segments`
 ) -> dict[Segment, Tensor]: # segment -> [C, K], float64, on the CPU
     "Average the sum of a kernel's map over a class's images; ValueError where there is none (CNNSplitter Sec. 3.1)."
     check_number("min_confidence", min_confidence, 0, 1)
@@ -158,7 +165,7 @@ def kernel_importance(
     split = split.to(home_of(model, split.device))
     classes, used = len(images_per_class(split)), 0
     if fewest: split, min_confidence = surest(model, split, min_confidence, fewest, batch_size), 0
-    if segments is None: segments = find_segments(model, next(batches(split, 2))[0])
+    if segments is None: segments = find_segments(model, next(batches(split, 2))[0], linear=linear)
     totals = dict.fromkeys(segments, 0)
     with evaluating(model), full_precision(split.device):
         network = observe(model, dict.fromkeys(site for segment in segments for site in segment.watched))
@@ -169,7 +176,8 @@ def kernel_importance(
             used = used + chosen.sum(0)
             for segment in segments:
                 for site in segment.watched:
-                    totals[segment] = totals[segment] + chosen.T @ maps[site].flatten(2).sum(2).double()
+                    sums = maps[site].flatten(2).sum(2) if maps[site].ndim > 2 else maps[site]
+                    totals[segment] = totals[segment] + chosen.T @ sums.double()
     unsure = [name for name, images in zip(split.classes, used.tolist()) if not images]
     if unsure: raise ValueError(f"no image of {', '.join(unsure)} is recognised with a confidence of {min_confidence}; "
                                 "lower min_confidence (0 uses all images), or give fewest")
@@ -254,10 +262,12 @@ def group_kernels(
     kind: str = "importance", # "importance"; "random": chance makes the groups; "none": each kernel for itself
     groups: int | None = None, # in every layer; None: 10 below 256 kernels, else 100
     seed: int = 0, # of the random groups
+    shared: int = 0, # first layers whose groups are the same for all classes, by their mean importance; -1: all
 ) -> Grouping:
     "Bundle kernels into genes, the most important first; ValueError for bad arguments (CNNSplitter Sec. 3.1, Table 7)."
     choose(kind, GROUPINGS, "grouping")
     if groups is not None: check_number("groups", groups, 1, whole=True)
+    check_number("shared", shared, -1, len(importance), whole=True)
     if not importance: raise ValueError("importance names no layer, so there is nothing to group")
     random, parts, sizes = torch.Generator().manual_seed(seed), {}, []
     for segment, values in importance.items():
@@ -267,6 +277,9 @@ def group_kernels(
         counts = [1] * segment.kernels if kind == "none" else group_sizes(segment.kernels, groups)
         if kind == "random": values = torch.rand(values.shape, generator=random)
         if kind == "none": values = torch.zeros(values.shape)
+        if len(sizes) < (len(importance) if shared == -1 else shared):
+            even = values / values.abs().amax(1, keepdim=True).clamp(min=1e-30) # classes count alike
+            values = even.mean(0).expand(len(classes), -1)
         parts |= dict.fromkeys(segment.places, sum(sizes) + deal_genes(values, counts))
         sizes.append(len(counts))
     gene_of = torch.cat([parts[at] for at in sorted(parts)], 1)

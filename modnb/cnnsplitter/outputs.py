@@ -203,33 +203,39 @@ class ModuleRunner:
     def __call__(
         self,
         kernels: Tensor, # [n, K], bool: n modules, all sites side by side
-        classes: Sequence[int], # class of each of them
-    ) -> Tensor: # [n, N], float32: the logit of its own class for every image, on the model's device
+        classes: Sequence[int] | None, # class of each of them; None: modules for all classes
+    ) -> Tensor: # [n, N], float32: the logit of its own class for every image, on the model's device; None: [n, N, C]
         "Compute the own logits of modules; ValueError for masks that do not fit (CNNSplitter Sec. 3.3.1)."
-        if kernels.dtype != torch.bool or kernels.shape != (len(classes), sum(self.sites.values())):
-            raise ValueError(f"kernels must be bool [{len(classes)}, {sum(self.sites.values())}], "
+        modules = len(kernels) if classes is None else len(classes)
+        if kernels.dtype != torch.bool or kernels.shape != (modules, sum(self.sites.values())):
+            raise ValueError(f"kernels must be bool [{modules}, {sum(self.sites.values())}], "
                              f"not {kernels.dtype} {list(kernels.shape)}")
-        if not all(0 <= c < self.outputs for c in classes):
+        if not all(0 <= c < self.outputs for c in classes or ()):
             raise ValueError(f"classes must lie in 0..{self.outputs - 1}, not {list(classes)}")
         run = self._extracted if self.network is None else self._masked
-        with torch.inference_mode(), full_precision(self.device): found = run(kernels, list(classes))
+        owns = [None] * modules if classes is None else list(classes)
+        with torch.inference_mode(), full_precision(self.device): found = run(kernels, owns)
         return found.clone()
 
     def _masked(self, kernels, classes):
         at_once = min(len(self.images), max(16, self.rows // max(1, len(classes))))
         modules, found = max(1, self.rows // at_once), []
-        kernels, classes = kernels.to(self.device, self.dtype), torch.tensor(classes, device=self.device)
+        kernels, everything = kernels.to(self.device, self.dtype), None in classes
+        classes = torch.tensor([0] * len(classes) if everything else classes, device=self.device)
         for some, own in zip(kernels.split(modules), classes.split(modules)):
             masks = some.split(list(self.sites.values()), 1)
-            parts = [own_logits(self.network(images, *masks), own) for images in self.images.split(at_once)]
+            pick = (lambda logits, own: logits.unflatten(0, (len(own), -1))) if everything else own_logits
+            parts = [pick(self.network(images, *masks), own) for images in self.images.split(at_once)]
             found.append(torch.cat(parts, 1))
         return torch.cat(found).float()
 
     def _extracted(self, kernels, classes):
         found = []
         for row, own in zip(kernels.cpu(), classes):
-            network = self.anatomy.extract(dict(zip(self.sites, row.split(list(self.sites.values())))), [own])
-            found.append(torch.cat([network(images)[:, 0] for images in self.images.split(self.rows)]))
+            outputs = None if own is None else [own]
+            network = self.anatomy.extract(dict(zip(self.sites, row.split(list(self.sites.values())))), outputs)
+            logits = torch.cat([network(images) for images in self.images.split(self.rows)])
+            found.append(logits if own is None else logits[:, 0])
         return torch.stack(found).float()
 
 # %% ../../nbs/cnnsplitter/01_outputs.ipynb #a4e1848c

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['THRESHOLDS', 'count_pairs', 'jaccard_distances', 'threshold_for', 'choose_pairs', 'Group', 'first_groups',
-           'pair_accuracy', 'side_by_side', 'between', 'accuracy_of_whole', 'meet', 'check_tournament', 'check_order',
-           'Tournament', 'tournament']
+           'pair_accuracy', 'side_by_side', 'between', 'accuracy_of_whole', 'size_penalty', 'meet', 'check_tournament',
+           'check_order', 'Tournament', 'tournament']
 
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #cbae4a41
 import math
@@ -155,6 +155,17 @@ def accuracy_of_whole(
     answers = whole[first.place:stop, images].argmax(0) + first.place
     return (answers == turns[images]).double().mean().item()
 
+# %% ../../nbs/cnnsplitter/03_tournament.ipynb #15d2026b
+def size_penalty(
+    kernels: Tensor, # [C, I, K], zeros and ones, of the members' classes
+    members: Tensor, # [T, C], individuals
+    weight: float, # of size in fitness
+    free: float, # share of the kernels that costs nothing
+) -> Tensor: # [T], float64
+    "Say what combinations pay for the kernels that their modules keep, on average."
+    shares = kernels.double().mean(2)
+    return weight * (shares[torch.arange(len(shares)), members].mean(1) - free).clamp(min=0)
+
 # %% ../../nbs/cnnsplitter/03_tournament.ipynb #59a58930
 def meet(
     first: Group, # A
@@ -165,6 +176,7 @@ def meet(
     fewest: int, # combinations kept at least
     most: int, # combinations kept at most
     share: float = 1.0, # of the thresholds that is asked for, from `accuracy_of_whole`
+    cost: tuple[float, float] = (0.0, 0.0), # see `size_penalty`
 ) -> Group: # by falling fitness
     "Test all combinations of two groups and keep the good ones (CNNSplitter Sec. 3.3.3)."
     accuracy = pair_accuracy(first, second).flatten()
@@ -176,6 +188,7 @@ def meet(
     members = torch.cat([first.members[a], second.members[b]], 1)
     distance = first.distance[a] + second.distance[b] + between(kernels, first.place, members, split)
     fitness = weights[0] * accuracy[kept] + weights[1] * distance / math.comb(size, 2)
+    if cost[0]: fitness = fitness - size_penalty(kernels[first.place:first.place + size], members, *cost)
     order = fitness.argsort(descending=True, stable=True)
     kept, members, distance = kept[order], members[order], distance[order]
     top, right = side_by_side(first, second, kept // many, kept % many)
@@ -247,6 +260,7 @@ def tournament(
     thresholds: Sequence[tuple[int, float]] = THRESHOLDS, # up to so many classes: accuracy that is kept
     best: Sequence[int] | Tensor | None = None, # [C], a combination that is kept in any case
     whole: Tensor | None = None, # [C, N], logits of the whole network, of whose accuracy the thresholds are shares
+    cost: tuple[float, float] = (0.0, 0.0), # weight of size in fitness and the size that is free, see `size_penalty`
 ) -> Tournament:
     "Judge modules by their best combination; ValueError for unfit arguments (CNNSplitter Eq. 5, Sec. 3.3.3)."
     check_tournament(outputs, labels, kernels, fewest, most, thresholds, whole)
@@ -259,7 +273,7 @@ def tournament(
     if whole is not None: whole = whole[order][:, images]
     groups = first_groups(outputs, sizes, None if best is None else [int(best[c]) for c in order.tolist()])
     meeting = partial(meet, kernels=kernels, weights=(accuracy_weight, difference_weight), thresholds=thresholds,
-                      fewest=fewest, most=most)
+                      fewest=fewest, most=most, cost=cost)
     with full_precision(device):
         while len(groups) > 1:
             neighbours = [groups[at:at + 2] for at in range(0, len(groups), 2)]
@@ -268,6 +282,7 @@ def tournament(
     last = groups[0]
     difference = last.distance / math.comb(classes, 2)
     scores, members = accuracy_weight * last.accuracy + difference_weight * difference, last.members[:, place_of]
+    if cost[0]: scores = scores - size_penalty(kernels, last.members, *cost)
     fitness = torch.zeros(classes, individuals, dtype=torch.float64, device=device)
     fitness.scatter_reduce_(1, members.T, scores.expand(classes, -1), "amax")
     return Tournament(fitness, members, last.accuracy, difference, scores)

@@ -6,10 +6,12 @@
 __all__ = ['FUNCTION', 'ROOT', 'comments', 'Line', 'written', 'arguments', 'parameters', 'signature', 'Definition', 'named',
            'first_keyword', 'of_function', 'of_class', 'definitions', 'constants', 'in_table', 'table', 'markdown',
            'cell_markdown', 'repository', 'lines_of', 'source_line', 'module_of', 'ShowExports', 'outside_links',
-           'lookup', 'link_names', 'repository_link', 'for_quarto', 'origin', 'ForQuarto']
+           'lookup', 'unbroken', 'link_names', 'repository_link', 'for_quarto', 'origin', 'ShowOrigin', 'ForQuarto',
+           'ingredients', 'run_file', 'ShowRun']
 
 # %% ../../nbs/lab/14_definitions.ipynb #4dc5a731
 import ast
+import hashlib
 import io
 import re
 import tokenize
@@ -317,16 +319,24 @@ def lookup():
     return NbdevLookup()
 
 
+def unbroken(
+    text: str, # Markdown
+) -> str:
+    "Numbers in tables stay with what belongs to them: 84.7 [84.5 84.8] % is one line."
+    join = lambda row: row[0] if "$" in row[0] else re.sub(r"(?<=[\d.\]]) (?=[-\[\d%])", "\u00a0", row[0])
+    return re.sub(r"^\|.*", join, text, flags=re.MULTILINE)
+
+
 def link_names(
     cell: dict, # changed in place
 ) -> None:
-    "Processor of nbdev: names of definitions become links."
-    linkify = lookup().linkify
-    if cell["cell_type"] == "markdown": cell.source = outside_links(cell.source, linkify)
+    "Processor of nbdev: names of definitions become links, and numbers in tables are not broken."
+    change = lambda text: unbroken(outside_links(text, lookup().linkify))
+    if cell["cell_type"] == "markdown": cell.source = change(cell.source)
     for output in cell.get("outputs", []):
         data = output.get("data", {})
-        if "text/markdown" in data:
-            data["text/markdown"] = outside_links("".join(data["text/markdown"]), linkify)
+        if "text/markdown" in data: data["text/markdown"] = change("".join(data["text/markdown"]))
+
 
 # %% ../../nbs/lab/14_definitions.ipynb #a28b19a0
 def repository_link(
@@ -361,12 +371,23 @@ def origin(
     return '<p class="origin">' + " · ".join(f'<a href="{repository()}/{file}">{file}</a>' for file in files) + "</p>"
 
 
+class ShowOrigin:
+    "Processor of nbdev: below the title stands which files a page is made from."
+
+    def __init__(self, nb: dict):
+        from execnb.nbio import mk_cell
+
+        notebook = Path(nb.path_).resolve().relative_to(ROOT / "nbs")
+        if notebook.name == "index.ipynb": return
+        cell = mk_cell(origin(notebook, module_of(nb)), "markdown")
+        cell.directives_ = {}
+        nb.cells.insert(1 + [cell.cell_type for cell in nb.cells].index("markdown"), cell)
+
+
 class ForQuarto:
     "Processor of nbdev: what Quarto needs besides; the last one."
 
-    def __init__(self, nb: dict):
-        self.cells, self.notebook = nb.cells, Path(nb.path_).resolve().relative_to(ROOT / "nbs")
-        self.origin = origin(self.notebook, module_of(nb))
+    def __init__(self, nb: dict): self.notebook = Path(nb.path_).resolve().relative_to(ROOT / "nbs")
 
     def __call__(self, cell: dict):
         if cell["cell_type"] == "markdown": cell.source = for_quarto(cell.source, self.notebook)
@@ -376,7 +397,31 @@ class ForQuarto:
                 data["text/markdown"] = for_quarto("".join(data["text/markdown"]), self.notebook)
             elif "text/html" in data: data["text/markdown"] = f"```{{=html}}\n{''.join(data.pop('text/html'))}\n```\n"
 
-    def end(self): # behind the title
-        from execnb.nbio import mk_cell
 
-        if self.notebook.name != "index.ipynb": self.cells.insert(1, mk_cell(self.origin, "markdown"))
+# %% ../../nbs/lab/14_definitions.ipynb #60a004d3
+@cache
+def ingredients() -> str: # hexadecimal
+    "What a run depends on besides its notebook: the package, and the rows that are kept."
+    files = sorted([*ROOT.glob("modnb/**/*.py"), *ROOT.glob("results/*.csv")])
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()
+
+
+def run_file(
+    notebook: Path, # an experiment
+) -> Path: # there or not
+    "Where the run of an experiment with its own values is kept."
+    digest = hashlib.sha256(ingredients().encode() + notebook.read_bytes()).hexdigest()[:10]
+    return ROOT / "build/runs" / f"{notebook.stem}-{digest}.ipynb"
+
+
+class ShowRun:
+    "Processor of nbdev: an experiment gets the outputs of its run, without what it wrote about its progress."
+
+    def __init__(self, nb: dict):
+        path = Path(nb.path_).resolve()
+        if path.parent != ROOT / "nbs/experiments" or not run_file(path).exists(): return
+        from execnb.nbio import read_nb
+
+        for cell, ran in zip(nb.cells, read_nb(run_file(path)).cells, strict=True):
+            if cell.cell_type == "code": cell.outputs = [o for o in ran.outputs if o.get("name") != "stderr"]
+        nb.cells[1].source += "\n\n*The outputs are those of a run with the values on this page, made for it.*"

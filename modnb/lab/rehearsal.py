@@ -26,8 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cnnsplitter.search import DEMO, PAPER, RELEASED, published_rules
+from ..cnnsplitter.search import PRESETS, RELEASED, published_rules
 from ..cnnsplitter.weak import CIFAR100_NINE
+from ..compat import needs
 from ..data import DATASETS, Source
 from ..files import atomic_path, write_text
 from .matrix import REHEARSAL, Cell, network_name, stage_notebook, study_cells
@@ -93,12 +94,16 @@ SIZES = { # notebook -> setting -> its value in a rehearsal
     "mwt_reuse": {"subtasks_per_size": 1, "tune_epochs": 1, "tune_batch_size": 32},
     "moda_subtasks": {"per_size": 1},
     "moda_residual": {"subtasks_per_size": 1, "choice_subtasks": 1, "thresholds": "0.9,0.99", "shares": "0.02,0.1"},
+    "finetune_modular": {"subtasks_per_size": 1, "rounds": "1,2"},
     "moda_replacement": {"width": 0.125, "strong_epochs": 2, "strong_batch_size": 32, "weak_epochs": 4,
                          "underfit_epoch": 1, "overfit_epoch": 3, "weak_batch_size": 32, "adaptation_batch_size": 16},
     "cnnsplitter_search": {"population": 4, "parents": 2, "elites": 1, "generations": 2, "fewest": 4, "most": 8,
                            "search_images": 20, "fewest_sure": 1, "subtasks_per_size": 1},
     "cnnsplitter_patch": {"strong_width": 0.125, "strong_epochs": 3, "strong_batch_size": 32, "weak_width": 0.125,
                           "weak_epochs": 2, "weak_batch_size": 32, "division": "4,1,1"},
+    "gradsplitter": {"first_epochs": 1, "rounds": 1, "joint_epochs": 1, "alone_epochs": 1, "gate_batch_size": 32, "gate_images": 100,
+                     "subtasks_per_size": 1},
+    "seam": {"gate_epochs": 3, "gate_batch_size": 16, "subtasks_per_size": 1},
     "report": {"draws": 10},
 }
 
@@ -258,7 +263,7 @@ def ruled_counts(
     train: Mapping[str, Any], # of the training
 ) -> dict[str, Any]: # those that the study leaves open, as its rules and its configuration have them
     "Look up the counts of a search."
-    rules = {"released": RELEASED, "paper": PAPER, "demo": DEMO}.get(settings.get("rules", ""), RELEASED)
+    rules = PRESETS.get(settings.get("rules", ""), RELEASED)
     name = settings.get("configuration", "")
     if name == "published":
         name = f"{train['model']}-{train['dataset']}" + "5" * (train["only_classes"].count(",") == 4)
@@ -309,7 +314,7 @@ def all_rows(
     defaults: Mapping[str, Mapping[str, Any]], # notebook -> all its parameters
 ) -> dict[str, Frame]: # study -> rows, with the settings of the study; without those that left no rows
     "Read everything that was played."
-    import pandas
+    pandas = needs("pandas")
 
     found = {}
     for study, cells in studies.items():
@@ -340,7 +345,7 @@ def judged(
     histories: Mapping[str, list[dict[str, float]]], # run -> a row for each epoch
 ) -> Frame: # of `coverage`, of the tables and figures that these studies fill; due: by these studies
     "Hold the rows against the published tables and figures."
-    import pandas
+    pandas = needs("pandas")
 
     tables, due = {table for study in chosen for table in matrix[study]["fills"]}, due_tables(matrix, chosen)
     if not rows or not tables: return pandas.DataFrame(columns=["table", "filled", "due"])

@@ -8,6 +8,7 @@ __all__ = ['Gated', 'lead', 'contributions', 'relative_contributions', 'sum_site
 
 # %% ../../nbs/moda/03_residual.ipynb #f35e6429
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, fx, nn
@@ -16,7 +17,7 @@ from ..compose import Composer
 from ..data import Split, Stream, as_split, batches, class_indices, example_of, images_per_class
 from ..devices import dtype_of, evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
-from ..prediction import evaluate, find_outputs, predict
+from ..prediction import evaluate, find_outputs, only_logits, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
 from ..units import find_sites, function_name, kind_of_sites, mixes, site_axes, trace, unit_axis, unit_sites
@@ -75,7 +76,7 @@ def contributions(
             like = {"device": split.device, "dtype": dtype, "requires_grad": True}
             gates = {site: torch.ones(len(images), width, **like) for site, width in widths.items()}
             with torch.enable_grad():
-                logits = Gated(traced, gates).run(images.to(dtype))
+                logits = only_logits(Gated(traced, gates).run(images.to(dtype)))
                 total = lead(logits[:, find_outputs(split.classes, logits.shape[1], outputs)], labels).sum()
             slopes = torch.autograd.grad(total, list(gates.values()), materialize_grads=True)
             for site, slope in zip(sites, slopes): found[site] += one_hot(labels, len(sizes)).T @ slope.abs().float()
@@ -127,7 +128,7 @@ def keep_sums_alive(
             if found[behind].shape != found[site].shape: continue
             apart = ~(found[site] & found[behind]).any(1)
             found[site] = found[site] | (found[behind] & apart[:, None])
-    return ModuleMasks(found, masks.classes)
+    return replace(masks, masks=found)
 
 # %% ../../nbs/moda/03_residual.ipynb #d382621f
 def decompose_by_contribution(
@@ -147,7 +148,7 @@ def decompose_by_contribution(
     sites = list(unit_sites(model, example) if sites is None else sites)
     if branches: sites += [site for site in sum_sites(model, example) if site not in sites]
     found = contributions(model, split, sites, example, batch_size)
-    masks = threshold_masks(relative_contributions(found), split.classes, share, empty)
+    masks = threshold_masks(relative_contributions(found), split.classes, share, empty).of(model)
     return keep_sums_alive(model, masks, example)
 
 # %% ../../nbs/moda/03_residual.ipynb #abe1bd21

@@ -8,6 +8,7 @@ __all__ = ['used_kernels', 'observe_use', 'passes', 'mask_statistics', 'mask_rat
 
 # %% ../../nbs/mwt/02_modularize.ipynb #3d0919ef
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,9 +17,9 @@ from torch.distributed import ProcessGroup
 
 from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
-from ..masks import ModuleMasks, threshold_masks
+from ..masks import ModuleMasks, outline, threshold_masks
 from ..metrics import cohesion, coupling, jaccard, kernel_retention
-from .generators import mask_generators, maskable_sites, observe_masks
+from .generators import PREFIX, mask_generators, maskable_sites, observe_masks
 from .losses import MaskTerms
 from ..objectives import CrossEntropy, Objective
 from ..prediction import evaluate
@@ -91,7 +92,9 @@ def modularize(
     **options, # batch_size, augment and generator of `mask_statistics`
 ) -> ModuleMasks: # a module for each class, on the CPU
     "Find the kernels that each class needs; ValueError for bad arguments, classes without images (MwT Sec. 3.3)."
-    return threshold_masks(mask_rates(model, split, **options), split.classes, keep_threshold, empty)
+    masks = threshold_masks(mask_rates(model, split, **options), split.classes, keep_threshold, empty)
+    plain = {name: shape for name, shape in outline(model).items() if not name.startswith(PREFIX)}
+    return replace(masks, network=plain) # which they refuse any other than
 
 # %% ../../nbs/mwt/02_modularize.ipynb #1606cde0
 def sample_masks(
