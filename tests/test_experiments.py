@@ -207,7 +207,8 @@ def test_agreement_benchmark_compares_the_loops(tmp_path):
 KNOBS = {
     "plain": {"model": "mobilenet", "head_weights": "published", "dropout": 0.1, "precision": "bfloat16"},
     "moda": {"dropout": 0.2, "warmup": 0.5, "sites": "features.relu1, features.relu9", "average": "classes"},
-    "mwt": {"model": "mobilenet", "floor": 0.25, "warmup": 1.0, "average": "classes"}}
+    "mwt": {"model": "mobilenet", "floor": 0.25, "warmup": 1.0, "average": "classes"},
+    "nemo": {"floor": 0.25, "warmup": 1.0, "temperature": 0.2, "contrast": "plain", "spared": 0}}
 
 
 @pytest.mark.parametrize("system", KNOBS)
@@ -215,7 +216,7 @@ def test_knobs_of_the_training_reach_the_network_and_the_rows(system, tmp_path):
     asked = SMALL | {"system": system, "label_smoothing": 0.1, "max_norm": 5.0} | KNOBS[system]
     run_notebook(TRAIN, tmp_path / "train.ipynb", asked | {"out": str(tmp_path)})
     config = json.loads(read_rows(tmp_path / "rows_train.csv").config[0])
-    narrow = {"plain": "published", "moda": "", "mwt": "scaled"}[system]
+    narrow = {"plain": "published", "moda": "", "mwt": "scaled", "nemo": ""}[system]
     assert asked.items() <= config.items() and config["head_weights"] == narrow
     assert config["precision"] in (["bfloat16"] if system == "plain" else ["float32", "bfloat16"]), "as it was computed"
     assert "warmup" in config or system == "plain"

@@ -199,6 +199,7 @@ def test_sites_are_the_linear_layers_behind_the_first_encoder():
     assert list(units(model).values()) == 2 * encoder
     assert list(units(model, first=True).values()) == 3 * encoder
     assert list(units(model, "heads").values()) == 2 * [2, width, 4 * width, width]
+    assert list(units(transformer(width=0.125), "heads").values()) == 2 * [48, 192, 48], "a single head is no choice"
     assert not any("encoder_layer_0" in site or "heads.head" in site for site in units(model))
     parts = [place.parts for place in transformer_places(trace(model, images()))]
     assert parts == 2 * [3, 1, 1, 1]

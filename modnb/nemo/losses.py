@@ -75,6 +75,7 @@ class NeMo(MaskTerms):
         self.temperature = check_number("temperature", temperature, 0, above=True)
         self.form = choose(form, FORMS, "form of the contrastive loss")
         self.spared = None if spared is None else check_number("spared", spared, 0, whole=True)
+        self._spared = spared or 0 # layers, of the network at hand
 
     def prepare(
         self,
@@ -106,7 +107,7 @@ class NeMo(MaskTerms):
         "Compute the loss of one batch, in nats; ValueError for a network with a single output."
         if logits.shape[1] < 2: raise ValueError("a network with one output has no second class to be told apart from")
         rows = list(observed.values())
-        contrast = contrastive_loss(rows, labels, self.temperature, self.form, getattr(self, "_spared", 0))
+        contrast = contrastive_loss(rows, labels, self.temperature, self.form, self._spared)
         terms = {"cross_entropy": self.cross_entropy(logits, labels), "contrast": contrast}
         return self.add_up(terms, {"contrast": self.w_contrast}), terms | mask_health(rows, logits)
 

@@ -89,7 +89,7 @@ def layers_behind(
     sources = [source for source in node.all_input_nodes if holds(source) and not is_constant(source)]
     return [layer for source in sources for layer in layers_behind(source)]
 
-# %% ../../nbs/nemo/01_neurons.ipynb #0c39b010
+# %% ../../nbs/nemo/01_neurons.ipynb #a0e74efd
 def transformer_places(
     traced: fx.GraphModule, # with names and shapes
     attention: str = "neurons", # mask the neurons of queries, keys and values (NeMo's program), or whole "heads"
@@ -108,7 +108,8 @@ def transformer_places(
               if is_linear(node) and len(node.meta["shape"]) > 2 and node not in outputs and order[node] >= start]
     if attention == "heads":
         places = [place for place in places if not made[place.node]]
-        places += [Place(head, layers[0], 1) for head, layers in behind.items() if order[layers[0]] >= start]
+        places += [Place(head, layers[0], 1) for head, layers in behind.items()
+                   if order[layers[0]] >= start and head.meta["shape"][unit_axis(head)] > 1]
     return sorted(places, key=lambda place: order[place.node])
 
 # %% ../../nbs/nemo/01_neurons.ipynb #a806df1b
