@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help demo results refresh test torture lab docs check-docs readme clean
+.PHONY: help demo results refresh test torture hard load slim lab docs check-docs readme clean
 .DEFAULT_GOAL := help
 
 help:
@@ -24,6 +24,9 @@ help:
 	@echo 'make refresh  picture, tables and README of the front page anew, after rows in results/ have changed'
 	@echo 'make test     everything that is checked: style, exports, README, all notebooks, tests/'
 	@echo 'make torture  kill trainings, searches, fine-tunings and so on at random moments, and let them go on'
+	@echo 'make hard     damaged and invented files$(comma) wrong arguments$(comma) hostile names: what comes of each'
+	@echo 'make load     200 notebooks$(comma) 8 at a time; memory of 14$(comma)697 sub-tasks and of 50$(comma)000 masks'
+	@echo 'make slim     install without extras into a new environment$(comma) use it there$(comma) say what it weighs'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make docs     the site, in _docs/; make check-docs opens every page of it in a headless browser'
 	@echo 'make readme   README.md from nbs/index.ipynb'
@@ -71,7 +74,16 @@ test: .venv/.ready
 	$(BIN)/python -m pytest -q tests --ignore tests/test_repository.py -n $(JOBS) --dist loadfile
 
 torture: .venv/.ready
-	$(BIN)/python tests/torture.py
+	$(BIN)/python tests/torture.py --write results/hard_use/kills.json
+
+hard: .venv/.ready
+	$(BIN)/python tests/hard_use.py --write results/hard_use/attempts.json
+
+load: .venv/.ready
+	$(BIN)/python tests/load.py --write results/hard_use/load.json
+
+slim: .venv/.ready
+	$(BIN)/python tests/slim.py --write results/hard_use/slim.json
 
 lab: .venv/.ready
 	$(call say,'JupyterLab: stop it with Ctrl-C')

@@ -8,6 +8,9 @@ from setuptools import find_packages, setup
 config = ConfigParser(delimiters=["="])
 config.read(Path(__file__).parent / "settings.ini")
 project = config["DEFAULT"]
+extras = {name: project[f"{name}_requirements"].split() for name in ("data", "onnx", "lab", "dev")}
+extras["lab"] += extras["data"]
+extras["dev"] += extras["lab"] + extras["onnx"]
 
 setup(
     name=project["lib_name"],
@@ -25,7 +28,7 @@ setup(
     package_data={"modnb": project["package_data"].split()},
     python_requires=f">={project['min_python']}",
     install_requires=project["requirements"].split(),
-    extras_require={"dev": project["dev_requirements"].split()},
+    extras_require=extras,
     entry_points={"nbdev": ["modnb=modnb._modidx:d"], "console_scripts": project["console_scripts"].split()},
     zip_safe=False,
 )

@@ -216,7 +216,7 @@ def readme_text() -> str:
     exporter = MarkdownExporter(exclude_input_prompt=True, exclude_output_prompt=True)
     text, resources = exporter.from_notebook_node(notebook)
     if resources["outputs"]: raise ValueError("README: the index must show pictures by a link to a file, not as output")
-    return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip() + "\n"
+    return re.sub(r"\n{3,}", "\n\n", readme_links(text)).strip().replace("\u00a0", " ") + "\n"
 
 
 def write_page(page: str, notebook: Path, source: Path) -> None:

@@ -16,9 +16,9 @@ TOP = {"0": "Reference: The ground", "1": "Reference: Shared vocabulary", "2": "
        "9": "Reference: Utilities"}  # first digit of a notebook
 ORDER = [*TOP.values(), FOLDERS["lab"]]  # of the parts of the reference
 READERS = ["Start", "Use", "Understand", "Methods", "Experiments", "Results", "Reference"]  # behind a colon: a part
-EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks",
-               "moda_residual", "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion", "speed_search",
-               "speed_agreement", "demo_report", "mwt_report", "report", "coverage"]
+EXPERIMENTS = ["train", "modularize", "thresholds", "mwt_reuse", "cnnsplitter_search", "moda_subtasks", "moda_residual",
+               "gradsplitter", "seam", "cnnsplitter_patch", "moda_replacement", "speed", "speed_cohesion",
+               "speed_search", "speed_agreement", "demo_report", "mwt_report", "report", "coverage"]
 
 
 def notebooks() -> list[Path]:
@@ -34,10 +34,10 @@ def page_name(notebook: Path) -> str:
 
 @cache
 def method_name(folder: str) -> str:
-    "How the first notebook of a method writes the name of its folder: MwT, not mwt"
-    texts = [" ".join(heading(n)) for n in notebooks() if n.parts[0] == folder]
-    found = (re.search(rf"\b{re.escape(folder)}\b", text, re.IGNORECASE) for text in texts)
-    return next((name[0] for name in found if name), folder)
+    "How the notebooks of a method most often write the name of their folder: MwT, not mwt"
+    texts = "".join((NBS / n).read_text(encoding="utf-8") for n in notebooks() if n.parts[0] == folder)
+    names = [name for name in re.findall(rf"\b{re.escape(folder)}\b", texts, re.IGNORECASE) if name != folder]
+    return max(names, key=names.count, default=folder)
 
 
 def group_of(notebook: Path) -> str:

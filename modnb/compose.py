@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from .compat import needs
 from .data import Split, Stream, class_indices, example_of
 from .devices import dtype_of, evaluating, home_of
-from .extract import Anatomy
+from .extract import Anatomy, logits_of
 from .files import UnreadableFile, atomic_path, check_header, digest, load_tensors, save_tensors
 from .masks import NAMES, ModuleMasks
 from .prediction import find_outputs
@@ -68,11 +69,9 @@ class Composer:
         self.columns, self.axis = self._outputs(outputs)
 
     def _outputs(self, outputs) -> tuple[list[int], int]: # of each class; dimension of the outputs
-        source = next(node for node in self.anatomy.traced.graph.nodes if node.op == "output").args[0]
-        shape = source.meta["shape"] if isinstance(source, fx.Node) else None
-        if not isinstance(shape, tuple): raise ValueError("outputs needs a network that returns one tensor")
+        source = logits_of(self.anatomy.traced.graph)
         axis = unit_axis(source)
-        return find_outputs(self.masks.classes, shape[axis], outputs), axis
+        return find_outputs(self.masks.classes, source.meta["shape"][axis], outputs), axis
 
     def with_masks(
         self,
@@ -395,10 +394,8 @@ def save_onnx(
     path: str | Path,
     notes: dict[str, Any] | None = None, # more metadata; written as JSON
 ) -> None:
-    "Write a network as one ONNX file, input `images`, output `scores`; ImportError where onnxscript is missing."
-    try: import onnx, onnxscript # noqa: E401, F401
-    except ImportError as error:
-        raise ImportError("save_onnx needs two more packages: pip install onnx onnxscript") from error
+    "Write a network as one ONNX file, input `images`, output `scores`; `MissingExtra` without onnxscript."
+    onnx, _ = needs("onnx"), needs("onnxscript")
     images = example[:1].expand(2, *example.shape[1:]) # 1 would be taken as fixed
     images = images.to(home_of(module, example.device), dtype_of(module))
     options = {"input_names": ["images"], "output_names": ["scores"], "verbose": False, "external_data": False,

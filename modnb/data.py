@@ -34,7 +34,7 @@ from numpy.random import RandomState
 from torch import Generator, Tensor
 
 from .checks import check_number, choose
-from .compat import import_torchvision
+from .compat import import_torchvision, needs
 
 # %% ../nbs/00_data.ipynb #8032dea9
 def class_index(
@@ -55,7 +55,8 @@ def class_indices(
     sort: bool = True, # False: in the order asked for
 ) -> list[int]: # positions in `classes`, ascending unless `sort` is False
     "Find classes by name or position; raise ValueError for none, for a repeated or an unknown one."
-    chosen = [names_or_indices] if isinstance(names_or_indices, str | int) else list(names_or_indices)
+    given = () if names_or_indices is None else names_or_indices
+    chosen = [given] if isinstance(given, str | int) else list(given)
     found = [class_index(item, classes) for item in chosen]
     if not found: raise ValueError(f"no class chosen. There is: {', '.join(classes)}")
     repeated = sorted({classes[index] for index in found if found.count(index) > 1})
@@ -488,7 +489,7 @@ def digits(
     download: bool, # of no effect
 ) -> Source: # 1,437 training and 360 test images
     "Load scikit-learn's 8x8 handwritten digits, split 80 to 20 once and for all."
-    from sklearn.datasets import load_digits
+    load_digits = needs("sklearn.datasets").load_digits
     from sklearn.model_selection import train_test_split
     grey, labels = load_digits(return_X_y=True)
     train, test = train_test_split(range(len(labels)), test_size=0.2, random_state=0, stratify=labels)
@@ -618,7 +619,7 @@ def square(
     interpolation: str = "bilinear", # one of `INTERPOLATIONS`
 ) -> Any: # Pillow image, size x size
     "Cut a square out of the centre; with `resize` pixel for pixel as torchvision's Resize and CenterCrop do."
-    from PIL import Image, ImageOps
+    Image, ImageOps = needs("PIL.Image"), needs("PIL.ImageOps")
     method = Image.Resampling[choose(interpolation, INTERPOLATIONS, "interpolation").upper()]
     if resize is None: return ImageOps.fit(image, (size, size), method=method)
     short, (width, height) = min(image.size), image.size
@@ -633,7 +634,7 @@ def open_image(
     path: str | Path, # image file
 ) -> Any: # Pillow image, upright, RGB
     "Open a picture; raise CorruptFile with its md5, or naming what is no file or larger than Pillow's limit."
-    from PIL import Image, ImageOps
+    Image, ImageOps = needs("PIL.Image"), needs("PIL.ImageOps")
     if not Path(path).is_file(): raise CorruptFile(f"{path} is named like an image, but is no file that can be read")
     try:
         with Image.open(path, formats=IMAGE_FORMATS) as file:

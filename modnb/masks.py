@@ -70,6 +70,8 @@ class ModuleMasks:
     network: dict[str, list[int]] | None = None # `outline` of the network they are of, None: not known
 
     def __post_init__(self):
+        if len({*self.classes}) < len(self.classes):
+            raise ValueError(f"each class needs a name of its own, not {', '.join(map(str, self.classes))}")
         for site, mask in self.masks.items():
             if mask.dtype != torch.bool or mask.dim() != 2 or len(mask) != len(self.classes):
                 raise ValueError(f"the masks of '{site}' must be bool [{len(self.classes)} classes, units], "
@@ -101,7 +103,8 @@ class ModuleMasks:
 
     def flat(self) -> torch.Tensor: # `[C, sum of K]`, bool
         "All sites side by side: one row of bits per module."
-        return torch.cat(list(self.masks.values()), 1)
+        none = torch.zeros(len(self.classes), 0, dtype=torch.bool)
+        return torch.cat(list(self.masks.values()) or [none], 1)
 
     def only(
         self,

@@ -34,7 +34,7 @@ from .masks import ModuleMasks, threshold_masks
 from .metrics import costs, count_weights
 from .moda.decompose import activation_rates, always_active
 from .moda.residual import contributions, keep_sums_alive, relative_contributions, sum_sites
-from .prediction import evaluate, output_names
+from .prediction import evaluate, only_logits, output_names
 from .progress import wants_progress
 from .subtasks import compare
 from .units import unit_sites
@@ -123,7 +123,7 @@ def largest_difference(
     "Compare a small network with the whole one whose other units are silenced."
     oracle, images = masked(model, small.keep, images), images.to(home_of(model, images.device))
     with evaluating(oracle), evaluating(small):
-        expected = oracle(images)[:, small.recipe["outputs"]].double()
+        expected = only_logits(oracle(images))[:, small.recipe["outputs"]].double()
         return ((small(images).double() - expected).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
 
 

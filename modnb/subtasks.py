@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
 from random import Random
-from statistics import NormalDist
 from typing import NamedTuple
 
 import torch
@@ -81,6 +80,8 @@ def sample_size(
     if population < 1 or not 0 < confidence < 1 or not 0 < margin < 1:
         raise ValueError("a sample needs a population of at least 1, and confidence and margin between 0 and 1, "
                          f"not {population}, {confidence} and {margin}")
+    from statistics import NormalDist # slow to import
+
     unlimited = NormalDist().inv_cdf((1 + confidence) / 2) ** 2 * 0.25 / margin**2
     return min(population, math.ceil(unlimited / (1 + (unlimited - 1) / population)))
 

@@ -124,11 +124,11 @@ class Known(fx.Proxy):
     def __len__(self) -> int: return len(self.value)
 
     def __setitem__(self, index: Any, value: Any) -> None:
-        "From here on, the variable is another tensor; only where nobody else has the memory of this one."
+        "From here on, the variable is another tensor; only where nobody else has read this one."
         part = value.node.all_input_nodes if isinstance(value, Known) else []
-        may_view = (user for user in self.node.users if user.op == "call_module" or function_name(user) in VIEWS)
-        if function_name(self.node) not in FRESH or any(user not in part for user in may_view):
-            raise fx.proxy.TraceError("it overwrites a part of a tensor that others may read, too")
+        readers = [user for user in self.node.users if function_name(user) not in SIZES and user not in part]
+        if function_name(self.node) not in FRESH or readers:
+            raise fx.proxy.TraceError("it overwrites a part of a tensor that others read, too")
         new = self.tracer.create_proxy("call_function", put, (self, index, value), {})
         self.node, self.value = new.node, new.value
 
@@ -232,9 +232,9 @@ class LayerTracer(fx.Tracer):
     def note_writing(self, made: Known, args: tuple) -> None:
         "What overwrites a part of a fresh tensor, as `x[i].zero_()` does, is as if it were assigned."
         first = args[0] if args and isinstance(args[0], Known) else None
-        if first is None or made.node.op == "call_module": return
+        if first is None: return
         if function_name(made.node) == "getitem": self.parts[made.node] = args
-        if not works_in_place(made.node): return
+        if made.node.op != "call_method" or not made.node.target.endswith("_"): return
         whole, index = self.parts.get(first.node, (None, None))
         if whole is not None and function_name(whole.node) in FRESH: whole[index] = made
 
@@ -720,7 +720,7 @@ def bases(
     node: fx.Node,
 ) -> Iterator[fx.Node]: # from near to far
     "The tensors of which a node may be a view."
-    while views(node):
+    while views(node) and node.args and isinstance(node.args[0], fx.Node):
         node = node.args[0]
         yield node
 

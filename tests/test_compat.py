@@ -94,7 +94,7 @@ sys.modules["torchvision"] = None
 from modnb.compat import DECLARED, import_torchvision
 try: import_torchvision()
 except ImportError as error: print(type(error).__name__, error, len(DECLARED))""")
-    assert printed.startswith("ImportError torchvision is not installed") and "pip install" in printed
+    assert printed.startswith("MissingExtra torchvision is not installed") and "pip install 'modnb[data]'" in printed
     assert printed.endswith(" 0\n")
 
 

@@ -11,11 +11,14 @@ import pytest
 import torch
 from torch import nn
 
+from modnb.compat import MissingExtra
 from modnb.compose import Composer, ParallelModules, compose, load_module, save_module, save_onnx
 from modnb.data import Split
 from modnb.extract import masked
 from modnb.files import UnreadableFile
 from modnb.masks import ModuleMasks
+from modnb.moda.decompose import decompose
+from modnb.moda.residual import contributions
 from modnb.models import create_model
 from modnb.prediction import evaluate
 from modnb.units import unit_sites
@@ -88,6 +91,32 @@ def test_outputs_are_named_or_refused():
     for wrong, message in [({"seven": 7}, "no output for the class 'three'"), ([3, 10], "output of seven must be"),
                            ([3, 3], "different numbers"), (["three", "seven"], "2 names for the 10 outputs")]:
         with pytest.raises(ValueError, match=message): compose(model, pair, ["seven"], x, outputs=wrong)
+
+
+class Answers(nn.Module):
+    "A network that returns its logits among other things"
+    def __init__(self, net, answer):
+        super().__init__()
+        self.net, self.answer = net, answer
+
+    def forward(self, x): return self.answer(self.net(x))
+
+
+@pytest.mark.parametrize("answer", [lambda y: (y,), lambda y: {"logits": y, "hidden": 2 * y}, lambda y: (y, None)])
+def test_logits_among_other_things_are_found(answer):
+    model, masks, x = parts("rescnn")
+    split = Split(torch.randint(256, [20, 3, *x.shape[2:]], dtype=torch.uint8), torch.arange(20) % 10, CLASSES,
+                  (0.5,) * 3, (0.25,) * 3)
+    found = Answers(model, answer)
+    assert evaluate(found, split) == evaluate(model, split)
+    inner = decompose(found, split)
+    assert inner.flat().equal(decompose(model, split).flat())
+    small = compose(found, inner, [7, 3], split)
+    assert torch.equal(small(x), compose(model, decompose(model, split), [7, 3], split)(x))
+    assert [*contributions(found, split).values()][0].shape[0] == 10
+    both = Answers(model, lambda y: (y, 2 * y))
+    for what in (evaluate, contributions, lambda net, data: compose(net, inner, [7], data)):
+        with pytest.raises(ValueError, match="layer that returns the logits alone"): what(both, split)
 
 
 def test_what_pixels_were_normalised_with_travels(tmp_path):
@@ -197,7 +226,8 @@ def test_files_of_networks_outside_the_registry(tmp_path):
 
 def test_bad_classes():
     model, masks, x = parts("resnet18")
-    for classes, match in [(["class 10"], "class 10"), ([10], "10"), ([], "no class"), ([1, "class 1"], "class 1")]:
+    for classes, match in [(["class 10"], "class 10"), ([10], "10"), ([], "no class"), ([1, "class 1"], "class 1"),
+                           (None, "no class chosen. There is: class 0")]:
         with pytest.raises(ValueError, match=match): compose(model, masks, classes, x)
 
 
@@ -243,6 +273,6 @@ def test_units_in_multiples(name, tmp_path):
 
 def test_onnx_export_says_what_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(ImportError, match="pip install onnx onnxscript"):
+    with pytest.raises(MissingExtra, match=r"pip install 'modnb\[onnx\]'"):
         save_onnx(nn.Linear(2, 2), torch.zeros(1, 2), tmp_path / "m.onnx")
     assert not [*tmp_path.iterdir()]

@@ -178,7 +178,7 @@ def test_latency_benchmark_runs_every_way(tmp_path):
     small = {"model": "lenet5", "width": 0.5, "rounds": 1, "classes": "2", "batch_sizes": "1,4", "out": str(tmp_path)}
     run_notebook(EXPERIMENTS / "latency.ipynb", tmp_path / "latency.ipynb", small)
     rows = read_rows(tmp_path / "rows.csv")
-    rows = rows.pivot_table(index=["system", "config", "classes"], columns="metric")["value"]
+    rows = rows.pivot_table(index=["system", "config", "classes"], columns="metric", values="value")
     assert len(rows) == 2 * 2 * 2 and (rows > 0).all(axis=None) and (rows.composed_size <= 1).all()
     assert (rows.latency >= rows.latency_minimum).all()
     assert (rows.latency_ratio.xs("all", level="classes") == 1).all()

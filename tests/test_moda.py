@@ -1,6 +1,8 @@
 """MODA's losses and decomposition against slow forms, and through a short training run."""
 
+import copy
 import math
+import warnings
 from dataclasses import replace
 
 import pytest
@@ -11,7 +13,7 @@ from references import CountOperations, LastChannels, Tokens, slow_mean_cosines
 from torch import nn
 
 from modnb.compose import compose
-from modnb.data import Split, batches, load_dataset
+from modnb.data import Split, Stream, batches, load_dataset
 from modnb.moda.decompose import activation_rates, decompose
 from modnb.moda.losses import (
     FORMS,
@@ -26,6 +28,7 @@ from modnb.moda.losses import (
 from modnb.moda.residual import contributions, lead
 from modnb.models import create_model
 from modnb.objectives import CrossEntropy
+from modnb.prediction import evaluate
 from modnb.similarity import AVERAGES
 from modnb.training import fit
 from modnb.units import observe, site_axes, unit_sites
@@ -321,6 +324,47 @@ def test_decompose_is_rates_and_threshold(tiny):
     assert masks.classes == split.classes
     for site, mask in masks.masks.items(): assert torch.equal(mask, rates[site] >= 0.7 - 1e-6)
     assert decompose(tiny, split, 0.7).flat().any(1).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.half, torch.bfloat16, torch.double])
+def test_networks_of_other_numbers_are_taken_apart(tiny, dtype):
+    split, model = small_split(), copy.deepcopy(tiny).eval().to(dtype)
+    masks = decompose(model, split, 0.7)
+    agree = (masks.flat() == decompose(tiny.eval(), split, 0.7).flat()).double().mean()
+    assert agree == 1 if dtype == torch.double else agree > 0.9
+    assert {tuple(found.shape) for found in contributions(model, split).values()} == {(4, 5), (4, 7), (4, 6)}
+    small = compose(model, masks, split.classes[:2], split)
+    assert {p.dtype for p in small.parameters()} == {dtype} and 0 <= evaluate(small, split.subtask([0, 1])) <= 1
+
+
+@pytest.mark.parametrize("channels", [1, 4])
+def test_images_of_other_channels_are_counted(channels):
+    images = torch.randint(256, [12, channels, 6, 6], dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    split = Split(images, torch.arange(12) % 2, ["a", "b"], (0.5,) * channels, (0.25,) * channels)
+    model = nn.Sequential(nn.Conv2d(channels, 5, 3), nn.ReLU(), nn.Flatten(), nn.Linear(80, 2))
+    assert decompose(model, split).sites == {"1": 5} and contributions(model, split)["1"].shape == (2, 5)
+
+
+def test_loaders_are_counted_or_told_what_they_lack(tiny):
+    split = small_split()
+    found = [(images, labels) for images, labels in batches(split, 7)]
+    assert decompose(tiny, Stream(found, split.classes)) == decompose(tiny, split)
+    for what in (decompose, contributions):
+        with pytest.raises(ValueError, match=r"say Stream\(data, classes"): what(tiny, found)
+
+
+@pytest.mark.parametrize("layer", [nn.SiLU, nn.GELU])
+def test_where_nothing_is_ever_zero_it_is_said(layer):
+    split = small_split()
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 5, 3), layer(), nn.Flatten(), nn.LazyLinear(4))
+    model(next(batches(split, 2))[0])
+    with pytest.warns(UserWarning, match=f"{layer.__name__}: never exactly zero.*level=0.1"):
+        full = decompose(model, split)
+    assert full.flat().all()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not decompose(model, split, level=0.99).flat().all()
 
 
 def test_a_short_run_draws_classes_apart():

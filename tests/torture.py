@@ -5,7 +5,8 @@ by a lack of memory) or SIGTERM (as by a scheduler), between one and three times
 ends with has to be the same to the last bit, what it left in between has to be readable, and nothing else may lie in
 its folder. The moments come from a seed; what they hit is up to the machine.
 
-Children are forked, so that nothing is imported again: a hundred kills take a minute or two on one processor."""
+Children are forked, so that nothing is imported again: a hundred kills take a minute or two on one processor. The
+matrix runs as people run it, with Snakemake and kernels: it takes most of the time, and is killed a tenth as often."""
 
 import argparse
 import hashlib
@@ -29,12 +30,16 @@ from torch import nn
 from modnb.checkpoints import read_checkpoint
 from modnb.cnnsplitter.importance import Grouping, group_kernels, kernel_importance
 from modnb.cnnsplitter.search import Rules, search
+from modnb.compose import compose, load_module, save_module
 from modnb.data import ImageData, Split
 from modnb.files import digest, save_tensors
+from modnb.lab.commands import main as modnb
 from modnb.lab.reports import write_report
 from modnb.lab.results import describe_run, make_rows, read_rows, write_rows
+from modnb.locks import is_held
 from modnb.moda.decompose import decompose
 from modnb.mwt.reuse import fine_tune
+from modnb.specialize import save_program
 from modnb.subtasks import all_subtasks
 from modnb.training import fit
 from modnb.walk import evaluate_subtasks
@@ -134,6 +139,55 @@ def reporting(folder: Path) -> list:
     return [hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(folder.iterdir())]
 
 
+@cache
+def small_network() -> nn.Module:
+    masks = decompose(trained(), pictures().train, 0.5)
+    return compose(trained(), masks, ["a", "c"], pictures().example())
+
+
+def exporting(folder: Path) -> list:
+    network, example = small_network(), pictures().example()
+    for number in range(2):
+        save_module(network, folder / "model.safetensors")
+        save_program(network, example, folder / "model.pt2", {"number": number})
+    program = torch.export.load(folder / "model.pt2").module()
+    return [digest(load_module(folder / "model.safetensors", trained()).state_dict()), digest([program(example)])]
+
+
+CODE = """import shutil
+from pathlib import Path
+shutil.copy(Path(r'{place}') / f'rows{{seed}}.csv', Path(out) / 'rows_train.csv')
+(Path(out) / 'model.safetensors').write_text('')"""
+MATRIX = "studies: {one: {vary: {system: [plain], seed: [1, 2, 3]}, stages: {}}}"
+
+
+def experiments(folder: Path) -> Path:
+    "The Snakefile with a training that only writes a row, which lies there already."
+    folder.mkdir()
+    for seed in (1, 2, 3):
+        run = describe_run("one", "plain", "net", "shades", seed, {"seed": seed}, run=f"one/{seed}")
+        write_rows(folder / f"rows{seed}.csv", make_rows(run, {"accuracy": seed / 4}))
+    (folder / "Snakefile").write_text((Path(__file__).parents[1] / "nbs/experiments/Snakefile").read_text())
+    (folder / "matrix.yaml").write_text(MATRIX)
+    given = "out = ''  # folder\nstudy = ''  # name\nsystem = ''  # name\nseed = 0  # number\ndevice = ''  # where"
+    cells = [{"cell_type": "code", "id": f"c{number}", "source": source, "outputs": [], "execution_count": None,
+              "metadata": {"tags": ["parameters"] * (number == 0)}}
+             for number, source in enumerate([given, CODE.format(place=folder)])]
+    kernel = {"kernelspec": {"name": "python3", "display_name": "python3", "language": "python"}}
+    content = {"cells": cells, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}
+    (folder / "train.ipynb").write_text(json.dumps(content))
+    return folder
+
+
+def running(folder: Path) -> list: # a study, in a folder of all runs
+    place = folder.with_name(folder.name + "-experiments")
+    if not place.exists(): experiments(place)
+    while any(map(is_held, [*folder.rglob(".*.running"), folder / ".modnb-run"])): time.sleep(0.2) # kernels notice soon
+    code = modnb(["run", "one", "--experiments", str(place), "--runs", str(folder), "--jobs", "2", "--gpus", "0"])
+    if code: raise SystemExit(f"modnb run ended with {code}")
+    return [read_rows(sorted(folder.rglob("rows_train.csv")))[["run", "value"]].values.tolist()]
+
+
 # What may be read while a task is not at its end
 
 
@@ -147,13 +201,21 @@ def whole_pages(folder: Path) -> bool:
     return not page.exists() or page.read_text(encoding="utf-8").endswith("</html>\n")
 
 
+def whole_module(folder: Path) -> bool:
+    path = folder / "model.safetensors"
+    return not path.exists() or len(load_module(path, trained()).classes) == 2
+
+
 class Task(NamedTuple):
     run: Callable[[Path], list] # returns what it ends with, plain values
     readable: Callable[[Path], bool] = lambda folder: True # whether what it left when it was killed is whole
+    share: float = 1.0 # of the kills
+    stops: bool = False # whether it ends by itself, with an error, when it is told to by SIGTERM
 
 
 TASKS = {"training": Task(training), "search": Task(searching), "fine-tuning": Task(tuning),
-         "sub-tasks": Task(subtasks), "results": Task(results, whole_rows), "report": Task(reporting, whole_pages)}
+         "sub-tasks": Task(subtasks), "results": Task(results, whole_rows), "report": Task(reporting, whole_pages),
+         "export": Task(exporting, whole_module), "matrix": Task(running, share=0.1, stops=True)}
 
 
 # Starting and killing
@@ -164,7 +226,9 @@ def start(task: Task, folder: Path) -> int: # of the process, which leaves END b
     if child := os.fork(): return child
     code = 1
     try:
+        os.setsid() # it is killed with the processes that it started
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        with folder.with_suffix(".log").open("w") as log: os.dup2(log.fileno(), 1), os.dup2(log.fileno(), 2)
         end = folder.with_suffix(".json")
         end.write_text(json.dumps(task.run(folder)))
         code = 0
@@ -172,22 +236,32 @@ def start(task: Task, folder: Path) -> int: # of the process, which leaves END b
     finally: os._exit(code)
 
 
+def said(folder: Path) -> str: return folder.with_suffix(".log").read_text()[-3000:] # by the last process
+
+
 def finish(task: Task, folder: Path) -> Any: # what it ended with, and the names of the files
     folder.mkdir(exist_ok=True)
     _, status = os.waitpid(start(task, folder), 0)
-    if status: raise SystemExit(f"{folder.name}: a run that was not killed ended with status {status}")
-    return json.loads(folder.with_suffix(".json").read_text()), sorted(path.name for path in folder.iterdir())
+    if status: raise SystemExit(f"{folder.name}: a run that was not killed ended with status {status}\n{said(folder)}")
+    return json.loads(folder.with_suffix(".json").read_text()), names(folder)
+
+
+def names(folder: Path) -> list[str]: # of the files; what Snakemake notes for itself is its own
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(map(str, (path for path in paths if ".snakemake" not in path.parts)))
 
 
 def kill_once(task: Task, folder: Path, moment: float, how: signal.Signals) -> bool: # whether it came before the end
     folder.mkdir(exist_ok=True)
     child = start(task, folder)
     time.sleep(moment)
-    os.kill(child, how)
+    try: os.killpg(child, how)
+    except ProcessLookupError: os.kill(child, how) # before it had a group of its own
     _, status = os.waitpid(child, 0)
-    if not os.WIFSIGNALED(status) and status: raise SystemExit(f"{folder.name}: a run ended with status {status}")
+    killed = os.WIFSIGNALED(status) or bool(status and task.stops and how == signal.SIGTERM)
+    if status and not killed: raise SystemExit(f"{folder.name}: a run ended with status {status}\n{said(folder)}")
     if not task.readable(folder): raise SystemExit(f"{folder.name}: something was left half-written")
-    return os.WIFSIGNALED(status)
+    return killed
 
 
 def torment(name: str, kills: int, chance: random.Random, place: Path) -> Counter: # what was counted
@@ -211,24 +285,33 @@ def torment(name: str, kills: int, chance: random.Random, place: Path) -> Counte
     return counted
 
 
+def deal(kills: int, chosen: list[str]) -> dict[str, int]: # task -> kills, one at least
+    total = sum(TASKS[name].share for name in chosen)
+    shares = {name: max(1, int(kills * TASKS[name].share / total)) for name in chosen}
+    for name in chosen[:max(0, kills - sum(shares.values()))]: shares[name] += 1
+    return shares
+
+
 def main() -> int: # 1 where something was not as it has to be
     parser = argparse.ArgumentParser(description="Kill trainings, searches and so on, and let them go on.")
     parser.add_argument("--kills", type=int, default=120, help="in all (120)")
     parser.add_argument("--seed", type=int, default=0, help="of the moments (0)")
     parser.add_argument("--task", choices=TASKS, action="append", help="only this one; may be said several times (all)")
+    parser.add_argument("--write", type=Path, help="write the counts there, as JSON")
     options = parser.parse_args()
     torch.set_num_threads(1) # a process that forks must not have others beside it
-    trained(), grouping() # once, not in every child
-    wrong, chosen = 0, options.task or list(TASKS)
+    trained(), grouping(), small_network() # once, not in every child
+    wrong, chosen, found = 0, options.task or list(TASKS), {}
     print(f"{'task':12}" + "".join(f"{word:>10}" for word in (*COLUMNS, "seconds")))
     with TemporaryDirectory(prefix="torture") as place:
-        for number, name in enumerate(chosen):
-            begun = time.monotonic()
-            share = options.kills // len(chosen) + (number < options.kills % len(chosen))
+        shares = deal(options.kills, chosen)
+        for name in chosen:
+            begun, share = time.monotonic(), shares[name]
             counted = torment(name, share, random.Random(f"{options.seed} {name}"), Path(place))
             wrong += counted["unequal"] + counted["litter"] + (counted["kills"] < share)
-            took = f"{time.monotonic() - begun:10.1f}"
-            print(f"{name:12}" + "".join(f"{counted[word]:10}" for word in COLUMNS) + took, flush=True)
+            found[name] = {word: counted[word] for word in COLUMNS} | {"seconds": round(time.monotonic() - begun, 1)}
+            print(f"{name:12}" + "".join(f"{value:10}" for value in found[name].values()), flush=True)
+    if options.write: options.write.write_text(json.dumps(found, indent=1) + "\n")
     return int(wrong > 0)
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from ..checks import check_number, choose
+from ..compat import needs
 from ..data import Split, batches, images_per_class
 from ..devices import evaluating, full_precision, home_of, one_hot
 from ..extract import Anatomy
@@ -56,7 +57,7 @@ def join_pairs(
     pairs: Sequence[tuple[int, int]], # that belong together
 ) -> list[int]: # number of the group of each, groups in order of their first member
     "Find the groups that pairs make."
-    from scipy.sparse import coo_array
+    coo_array = needs("scipy.sparse").coo_array
     from scipy.sparse.csgraph import connected_components
 
     first, second = zip(*pairs) if pairs else ((), ())

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..compat import needs
 from ..data import ImageData, load_dataset, pick_device
 from ..devices import has_bfloat16, training_precision
 from ..files import write_text
@@ -319,7 +320,7 @@ def report_text(
     report: Mapping[str, Any], # from `check_machine`
 ) -> str: # for a terminal, or a bug report
     "Write a report as text."
-    import pandas
+    pandas = needs("pandas")
 
     facts = report["machine"] | report["choices"] | {"graphs": report["graphs"]}
     if report["skipped_graphs"]: facts["graphs"] += f"; left out {report['skipped_graphs']} times by the compiler"

@@ -20,12 +20,14 @@ import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import modnb
 from ..checks import choose
+from ..compat import MissingExtra, needs
 from ..locks import Taken, claimed, gpu_names, is_held
 from modnb.lab.matrix import (
     REHEARSAL, Cell, check_cells, choose_studies, read_matrix, stage_notebook, study_cells,
@@ -440,6 +442,7 @@ def run_command(
     if options.gpus is None: options.gpus = "" if elsewhere(further) else str(count_gpus())
     if options.per_gpu < 1: raise ValueError(f"--per-gpu must be at least 1, not {options.per_gpu}")
     if options.jobs is not None and options.jobs < 1: raise ValueError(f"--jobs must be at least 1, not {options.jobs}")
+    if not find_spec("snakemake"): needs("snakemake")
     words = snakemake_words(options, further)
     if options.dry_run: return print_plan(options, studies, defaults, words)
     if options.hardware or options.rehearsed: raise ValueError("--on and --rehearsed are for plans: add --dry-run")
@@ -553,7 +556,7 @@ def main(
     except BrokenPipeError: # who reads has seen enough, as in `modnb status all | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 128 + 13
-    except (ValueError, OSError, NotebookFailed, Taken) as error: # such as a full disk
+    except (ValueError, OSError, NotebookFailed, Taken, MissingExtra) as error: # such as a full disk
         print(error, file=sys.stderr)
         return {NotebookFailed: 1, Taken: 3}.get(type(error), 2)
 

@@ -16,6 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..compat import needs
 from ..data import class_indices
 from .figures import order_units
 from ..masks import ModuleMasks
@@ -56,7 +57,7 @@ def picture(
     image: Tensor, # [3, H, W], uint8
 ) -> str: # a `data:` address
     "Write an image as PNG, for the `src` of an HTML page."
-    from PIL import Image
+    Image = needs("PIL.Image")
 
     with BytesIO() as file:
         Image.fromarray(image.permute(1, 2, 0).cpu().numpy()).save(file, "PNG", optimize=True)

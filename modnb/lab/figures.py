@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ..compat import needs
 from ..masks import ModuleMasks
 from .results import change_rows, count_classes, counted_once, run_means
 
@@ -51,7 +52,7 @@ def mask_figure(
     colour: str = COLOURS["moda"], # of kept units
 ) -> Axes:
     "Draw class x unit, layer by layer; `ValueError` for unknown layers."
-    from matplotlib import pyplot
+    pyplot = needs("matplotlib.pyplot")
     from matplotlib.colors import ListedColormap
 
     shown = masks if sites is None else masks.only(sites)
@@ -84,7 +85,7 @@ def draw_dots(
     colours: Mapping[str, str], # what is compared -> colour, in the order of the lines
 ) -> None:
     "Draw a dot for each run, a tick at the mean, and a bar from the smallest to the largest."
-    import seaborn
+    seaborn = needs("seaborn")
 
     style = {"data": runs, "x": "value", "y": y, "hue": y, "order": list(colours), "palette": dict(colours), "ax": ax,
              "legend": False}
@@ -109,7 +110,7 @@ def dots_figure(
     dot: str = "one run", # what a dot is, for the legend
 ) -> Figure:
     "Draw runs, means and ranges; `ValueError` for a mixture of settings, or where nothing is to be drawn."
-    from matplotlib import pyplot
+    pyplot = needs("matplotlib.pyplot")
     from matplotlib.lines import Line2D
 
     shown = rows[rows["metric"].isin(labels) & (rows["split"] != "valid")]
@@ -194,8 +195,8 @@ def size_accuracy_figure(
     may_differ: Sequence[str] | None = ("sizes", "subtasks_per_size"), # settings that runs of a system may differ in
 ) -> Axes:
     "Draw what composed networks save and cost; `ValueError` for a mixture of settings, or without sub-tasks."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
     from matplotlib.lines import Line2D
 
     points, kinds = size_points(rows, metric), ["system", "model", "size"]
@@ -226,8 +227,8 @@ def reuse_figure(
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
     "Draw the change of accuracy over the number of classes; `ValueError` for missing rows (MODA Fig. 3)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     rows = rows[rows["split"] != "valid"]
     if missing := [name for name in labels if name not in set(rows["metric"])]:
@@ -254,8 +255,8 @@ def retention_figure(
     ylabel: str = "units that a class keeps\n(share of the layer)", # what `value` is
 ) -> Axes:
     "Draw a share of each layer, a line for each system; `ValueError` for two networks (MODA Sec. 5.2)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     models = list(dict.fromkeys(layers["model"]))
     if len(models) != 1: raise ValueError(f"layers of one network are wanted, not of {', '.join(models) or 'none'}")
@@ -278,8 +279,8 @@ def coupling_figure(
     bar: bool = True, # with the scale of colours beside it
 ) -> Axes:
     "Draw how alike the modules of two classes are, every pair once; `ValueError` for another shape (MwT Eq. 3)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     values = torch.as_tensor(coupling, dtype=torch.float64)
     if values.shape != (len(classes), len(classes)):
@@ -311,9 +312,9 @@ def convergence_figure(
     colours: Mapping[str, Any] | None = None, # label -> colour; None: those of systems, and others
 ) -> Figure:
     "Draw terms over epochs, a line for each label; `ValueError` for columns that no history has (MwT Fig. 5-6)."
-    import pandas
-    import seaborn
-    from matplotlib import pyplot
+    pandas = needs("pandas")
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     table = pandas.DataFrame([{"label": label, **row} for label, rows in histories.items() for row in rows])
     terms = [name for name in TERMS if name in table] if terms is None else list(terms)
@@ -338,8 +339,8 @@ def threshold_figure(
     by: str = "system", # column of what has a line of its own
 ) -> Figure:
     "Draw metrics over the threshold; `ValueError` for a metric that is not there (MwT Sec. 4.2, MODA Fig. 4)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     if missing := [name for name in labels if name not in set(rows["metric"])]:
         raise ValueError(f"no rows of {', '.join(missing)}; there is {', '.join(sorted(set(rows['metric'])))}")
@@ -368,7 +369,7 @@ def overlap_figure(
     ax: Axes | None = None, # where to draw; None: a new figure
 ) -> Axes:
     "Draw the overlap of modules by layer; `ValueError` for lines of different layers (MODA Sec. 5.2)."
-    from matplotlib import pyplot
+    pyplot = needs("matplotlib.pyplot")
 
     names = list(next(iter(layers.values()), ()))
     other = next((label for label, line in layers.items() if list(line) != names), None)
@@ -391,8 +392,8 @@ def weights_figure(
     names: Mapping[str, str] | None = None, # setting -> label of its axis; None: its name
 ) -> Figure:
     "Draw metrics over two settings; `ValueError` for two numbers in one place (MwT Fig. 6)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     down, right = settings
     shown = rows[rows["metric"].isin(labels)]
@@ -419,8 +420,8 @@ def change_figure(
     colour: str = COLOURS["cnnsplitter"], # of what comes after
 ) -> Axes:
     "Draw numbers before and after a patch, paired; `ValueError` for one without the other (CNNSplitter Sec. 5.3)."
-    import seaborn
-    from matplotlib import pyplot
+    seaborn = needs("seaborn")
+    pyplot = needs("matplotlib.pyplot")
 
     moments = {f"weak_{metric}": "before", f"patched_{metric}": "after"}
     shown = rows[rows["metric"].isin(moments)]

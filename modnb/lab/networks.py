@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checks import choose
-from ..compat import import_torchvision
+from ..compat import import_torchvision, needs
 from ..data import ImageData, load_dataset, read_transform
 from ..extract import without_rule
 from ..files import UnreadableFile
@@ -55,9 +55,7 @@ def split_name(
     library, _, network = name.partition(":")
     choose(library, ["torchvision", "timm"], "source of networks such as torchvision:resnet18,")
     if library == "torchvision": return library, choose(network, import_torchvision().models.list_models(), "network")
-    try: import timm
-    except ImportError as error: raise ValueError("timm is not installed: pip install timm") from error
-    return library, choose(network, timm.list_models(), "network")
+    return library, choose(network, needs("timm").list_models(), "network")
 
 
 def open_network(
@@ -70,7 +68,7 @@ def open_network(
     state = None if weights is None else read_weights(weights)
     if outputs is None: outputs = 1000 if state is None else len(list(state.values())[-1])
     if library == "torchvision": model = import_torchvision().models.get_model(network, num_classes=outputs)
-    else: model = __import__("timm").create_model(network, num_classes=outputs)
+    else: model = needs("timm").create_model(network, num_classes=outputs)
     if state is not None:
         try: model.load_state_dict(state)
         except RuntimeError as error:

@@ -24,6 +24,7 @@ from types import MappingProxyType
 from typing import Any
 
 from ..checks import did_you_mean
+from ..compat import needs
 from .matrix import MEASURES, decided, decides, facts
 from modnb.lab.results import (
     FIELDS, METRICS, count_classes, counted_once, decided_texts, difference_rows, number_text,
@@ -41,7 +42,7 @@ def bootstrap_interval(
 ) -> tuple[float, float]: # low, high; both NaN for fewer than two values
     "Estimate how far the mean of so few runs may be off, by drawing them again; `ValueError` for a bad level."
     import numpy
-    from scipy.stats import bootstrap
+    bootstrap = needs("scipy.stats").bootstrap
 
     if not 0 < level < 1: raise ValueError(f"level must be above 0 and below 1, not {level!r}")
     if draws < 1: raise ValueError(f"draws must be at least 1, not {draws!r}")
@@ -170,7 +171,7 @@ def read_published(
     name: str, # one of `TABLES`
 ) -> Frame: # one line for each printed number; columns `COLUMNS`
     "Read a published table, tidy and in our units; `ValueError` for unknown tables."
-    import pandas
+    pandas = needs("pandas")
 
     paper, _, number = name.partition("_table")
     numbers = [one | {"paper": paper, "table": int(number)} for line in csv.DictReader(table_text(name).splitlines())
@@ -181,7 +182,7 @@ def read_published(
 # %% ../../nbs/lab/06_published.ipynb #15ec8a1d
 def published_tables() -> Frame: # columns paper, table, shows, numbers, caveats; index: names
     "List the published tables, what they show and what is known to be wrong with them."
-    import pandas
+    pandas = needs("pandas")
 
     lines = []
     for name, shows in TABLES.items():
@@ -299,7 +300,7 @@ def prepare_rows(
     rows: Frame, # from `read_rows`
 ) -> dict[tuple[str, str], Frame]: # (system, metric) -> rows, without validation; with `size`, `settings` and `decided`
     "Make rows ready for `beside`; `ValueError` for missing columns, a wrong unit, or a hash with two meanings."
-    import pandas
+    pandas = needs("pandas")
 
     check_rows(rows)
     learned = rows["metric"].astype(str).str.contains("accuracy|precision|recall|_f1$") & (rows["split"] != "test")
@@ -317,7 +318,7 @@ def all_subtasks_rows(
     ready: Mapping[tuple[str, str], Frame], # from `prepare_rows`
 ) -> Frame | None: # rows of single sub-tasks, and rows with the mean of all, those with `counted`; None: neither
     "Select rows about all sub-tasks of two classes and more."
-    import pandas
+    pandas = needs("pandas")
 
     parts = []
     if (single := ready.get((system, metric))) is not None: parts.append(single[single["size"] >= 2])
@@ -487,7 +488,7 @@ def beside(
     seed: int = 0, # of the bootstrap
 ) -> Frame: # line, system, metric, unit, published, its sd, then `MEASURED`, reading, caveat
     "Put our numbers beside a published table; `ValueError` for an unknown table or rows that contradict each other."
-    import pandas
+    pandas = needs("pandas")
 
     published, allowed = read_published(table), check_tolerances(tolerance)
     ready = rows if isinstance(rows, Mapping) else prepare_rows(rows)
@@ -538,7 +539,7 @@ def beside_text(
     run_only: bool = False, # leave out lines without a number of ours
 ) -> Frame: # text; for `markdown_table`, or `.to_html()`
     "Write a frame of `beside` for people."
-    import pandas
+    pandas = needs("pandas")
 
     known = frame.assign(inside=frame["inside"].astype(object).where(frame["inside"].notna(), None))
     lines = [line for line in known.to_dict("records") if line["n"] or not run_only]
@@ -609,7 +610,7 @@ def coverage(
     histories: Mapping[str, Sequence[Mapping[str, float]]] | None = None, # run -> a row for each epoch, for figures
 ) -> Frame: # columns `CELL`; due: rows of ours should fill it, study: whose rows do, stage: who measures it
     "Say for each published number and figure whether rows of its recipe are there, and where not, why."
-    import pandas
+    pandas = needs("pandas")
 
     places = {}
     for key, frame in prepare_rows(rows).items():

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from ..cnnsplitter.search import PRESETS, RELEASED, published_rules
 from ..cnnsplitter.weak import CIFAR100_NINE
+from ..compat import needs
 from ..data import DATASETS, Source
 from ..files import atomic_path, write_text
 from .matrix import REHEARSAL, Cell, network_name, stage_notebook, study_cells
@@ -313,7 +314,7 @@ def all_rows(
     defaults: Mapping[str, Mapping[str, Any]], # notebook -> all its parameters
 ) -> dict[str, Frame]: # study -> rows, with the settings of the study; without those that left no rows
     "Read everything that was played."
-    import pandas
+    pandas = needs("pandas")
 
     found = {}
     for study, cells in studies.items():
@@ -344,7 +345,7 @@ def judged(
     histories: Mapping[str, list[dict[str, float]]], # run -> a row for each epoch
 ) -> Frame: # of `coverage`, of the tables and figures that these studies fill; due: by these studies
     "Hold the rows against the published tables and figures."
-    import pandas
+    pandas = needs("pandas")
 
     tables, due = {table for study in chosen for table in matrix[study]["fills"]}, due_tables(matrix, chosen)
     if not rows or not tables: return pandas.DataFrame(columns=["table", "filled", "due"])

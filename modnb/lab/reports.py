@@ -20,6 +20,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any
 
+from ..compat import needs
 from ..files import atomic_path, write_text
 from .figures import colours_of
 from .published import TABLES, read_published, what_differs
@@ -49,7 +50,7 @@ def gather_rows(
     paths: Iterable[str | Path], # of `rows_at`, any number
 ) -> Frame: # all rows, each once
     "Read rows from wherever they are; `ValueError` where there are none, or a row is not valid."
-    import pandas
+    pandas = needs("pandas")
 
     found = [rows for path in map(Path, paths) for rows in rows_at(path)]
     if not found: raise ValueError("no file and no folder to read rows from")
@@ -141,7 +142,7 @@ def repairs_table(
     rows: Frame, # of one study
 ) -> Frame: # text, mean [smallest largest] over runs and targets; a line for each way, a column for each metric
     "Set ways to repair a class side by side; empty where a study has no weak networks."
-    import pandas
+    pandas = needs("pandas")
 
     shown = label_systems(rows[rows["metric"].str.startswith(("weak_", "patched_", "target_", "other_"))])
     text = {}
@@ -155,7 +156,7 @@ def comparable_rows(
     rows: Frame, # from `read_rows`
 ) -> Frame: # may be empty
     "Select rows about networks and data sets that the papers have."
-    import pandas
+    pandas = needs("pandas")
 
     known = pandas.concat([read_published(name)[["model", "dataset"]] for name in TABLES])
     return at_threshold(rows[rows["model"].isin(known["model"]) & rows["dataset"].isin(known["dataset"])])
@@ -166,7 +167,7 @@ def published_figure(
     title: str,
 ) -> Any: # a figure; None if there is no accuracy in it that was run by the recipe
     "Draw published accuracies as hollow marks, ours as bars."
-    from matplotlib import pyplot
+    pyplot = needs("matplotlib.pyplot")
 
     shown = frame[(frame["unit"] == "fraction") & (frame["n"] > 0) & (frame["differs"] == "")].reset_index(drop=True)
     if not len(shown): return None
@@ -200,7 +201,7 @@ def sizes_figure(
     rows: Frame, # of one study
 ) -> Any: # a figure; None for fewer than two sizes
     "Draw the accuracy of composed networks over the classes of their sub-task (MODA Fig. 3)."
-    from matplotlib import pyplot
+    pyplot = needs("matplotlib.pyplot")
 
     table = sizes_table(rows)
     if table is None: return None
@@ -243,7 +244,7 @@ def published_beside(
     rows: Frame, # from `read_rows`, of one threshold
 ) -> Frame: # system, model, metric, value, unit, table, differs (a list of texts); may be empty
     "Find published numbers about whole networks for the systems, networks and data of these rows."
-    import pandas
+    pandas = needs("pandas")
 
     place = ["system", "model", "dataset", "metric"]
     own = rows[rows["classes"] == "all"].drop_duplicates(place)
@@ -275,7 +276,7 @@ def short_table(
     published: Frame, # of `published_beside`
 ) -> Frame: # text; a column for each system and one for the published numbers, a line for each network and number
     "Put a study into the few lines of a front page; `ValueError` for a mixture of settings."
-    import pandas
+    pandas = needs("pandas")
 
     own = counted_once(rows[rows["split"] != "valid"])
     own, parts = pandas.concat([own, change_rows(own)]), []
@@ -298,7 +299,7 @@ def picture(
     with BytesIO() as file, BytesIO() as small:
         figure.savefig(file, format="png", bbox_inches="tight", metadata={"Software": None})
         if not colours: return file.getvalue()
-        from PIL import Image
+        Image = needs("PIL.Image")
 
         few = Image.open(file).convert("RGB").quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         few.save(small, "png", optimize=True)
@@ -309,7 +310,7 @@ def table_html(
     frame: Frame, # of text; the index holds the labels
 ) -> str:
     "Write a table as HTML."
-    import pandas
+    pandas = needs("pandas")
 
     with pandas.option_context("display.max_colwidth", None): return frame.to_html(border=0, justify="left")
 

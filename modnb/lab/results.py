@@ -30,6 +30,7 @@ import torch
 
 import modnb
 from ..checks import did_you_mean
+from ..compat import needs
 from ..files import atomic_path
 from .matrix import ABOUT_METRICS, decided
 from .running import canonical, config_hash
@@ -264,6 +265,8 @@ def read_file(
         raise ValueError(f"{path}: line {line} is no UTF-8 text ({error.reason})") from None
     if not lines.fieldnames: raise ValueError(f"{path}: the file is empty, not even a heading is there")
     if len({*lines.fieldnames}) < len(lines.fieldnames): raise ValueError(f"{path}: the heading names a column twice")
+    lost = [name for name in ("run", "metric", "value") if name not in lines.fieldnames]
+    if lost: raise ValueError(f"{path}: the heading has no column '{lost[0]}', so these are no rows")
     rows, told = [], {}
     try:
         for number, row in enumerate(map(parse_row, lines), 1):
@@ -279,7 +282,7 @@ def read_rows(
     paths: str | Path | Iterable[str | Path], # files, or folders that are searched for rows*.csv
 ) -> Frame: # columns `FIELDS`; a number that was not measured is NaN
     "Read rows of any number of files; `ValueError` naming file, row and field if one is not valid."
-    import pandas
+    pandas = needs("pandas")
 
     rows = [row for path in rows_files(paths) for row in read_file(path)]
     return pandas.DataFrame(rows, columns=list(FIELDS)).astype({"value": float, "seconds": float, "seed": int})
@@ -290,7 +293,7 @@ def read_study(
     folder: str | Path, # of one study, below the folder of all runs
 ) -> Frame: # rows of its stages, and of the training of the networks that they examined
     "Read all rows of a study; `ValueError` where there is none."
-    import pandas
+    pandas = needs("pandas")
 
     folder = Path(folder)
     stages = read_rows(sorted(folder.glob("*/*/rows.csv")) or [folder/"CELL/STAGE/rows.csv"])
@@ -358,7 +361,7 @@ def layer_rows(
     what: str = "overlap", # or "retention"
 ) -> Frame: # run, system, model, dataset, seed, layer, classes, value; without networks that do not say it
     "Put what layers say into the long form; `ValueError` where no network says it."
-    import pandas
+    pandas = needs("pandas")
 
     own = ["system", "model", "dataset", "seed"]
     about = rows.drop_duplicates("run").set_index("run")[own].to_dict("index")
@@ -375,7 +378,7 @@ def decided_texts(
     rows: Frame, # from `read_rows`
 ) -> Any: # a series: for each row the settings that decide its number, as JSON
     "Write down what decided each number: equal texts, the same number."
-    import pandas
+    pandas = needs("pandas")
 
     known = {text: json.loads(text) for text in rows["config"].unique()}
     places = list(zip(rows["metric"], rows["config"], strict=True))
@@ -573,7 +576,7 @@ def difference_rows(
     rows: Frame, # from `read_rows`, of any number of studies
 ) -> Frame: # tuned_loss and accuracy_loss of MwT, module_size_saving and overlap_saving of MODA, where rows give them
     "Set networks beside those that they are compared with (MwT Tab. 7, MODA Tab. 3)."
-    import pandas
+    pandas = needs("pandas")
 
     of = {system: rows[rows["system"] == system] for system in ("plain", "mwt", "moda")}
     whole, found = of["plain"][of["plain"]["metric"] == "accuracy"], [rows.iloc[:0]]
@@ -624,7 +627,7 @@ def compare(
     may_differ: Sequence[str] | None = (), # settings that rows of a cell may differ in; None: any
 ) -> Frame: # text; index: labels
     "Set systems side by side, mean and range over runs; `ValueError` for mixed settings."
-    import pandas
+    pandas = needs("pandas")
 
     sized = rows.assign(size=rows["classes"].map(count_classes))
     shown = sized[[place in {(m, size) for _, m, size in lines} for place in zip(sized["metric"], sized["size"])]]

@@ -21,6 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..checks import did_you_mean
+from ..compat import needs
 from ..locks import Taken, assigned_gpu, claimed
 
 # %% ../../nbs/lab/00_running.ipynb #79e73da9
@@ -162,16 +163,16 @@ def execute(
     private: str | Path, # folder for the kernel's sockets
 ) -> None:
     "Let papermill run a notebook; `NotebookFailed` if a cell raises, takes too long or kills the kernel."
+    papermill = needs("papermill")
     from nbclient.exceptions import CellTimeoutError, DeadKernelError
-    from papermill import PapermillExecutionError, execute_notebook
     from traitlets.config import Config
 
     where, literal = f"\n  executed notebook: {output}", lambda name: str(name).replace("{", "{{").replace("}", "}}")
     try: # papermill would fill {names} in paths in, here they are taken as they are written
-        execute_notebook(literal(path), literal(output), parameters, progress_bar=False, cwd=cwd,
-                         start_timeout=KERNEL_START, execution_timeout=timeout,
-                         config=Config(KernelManager=kernel_settings(private)))
-    except PapermillExecutionError as error:
+        papermill.execute_notebook(literal(path), literal(output), parameters, progress_bar=False, cwd=cwd,
+                                   start_timeout=KERNEL_START, execution_timeout=timeout,
+                                   config=Config(KernelManager=kernel_settings(private)))
+    except papermill.PapermillExecutionError as error:
         raise NotebookFailed(f"{path.name}, cell [{error.exec_count}]: {error.ename}: {error.evalue}{where}") from None
     except (DeadKernelError, CellTimeoutError) as error: raise NotebookFailed(f"{path.name}: {error}{where}") from None
 

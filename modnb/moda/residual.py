@@ -17,7 +17,7 @@ from ..compose import Composer
 from ..data import Split, Stream, as_split, batches, class_indices, example_of, images_per_class
 from ..devices import dtype_of, evaluating, full_precision, home_of, one_hot
 from ..masks import ModuleMasks, threshold_masks
-from ..prediction import evaluate, find_outputs, predict
+from ..prediction import evaluate, find_outputs, only_logits, predict
 from ..rules import SUM_NAMES
 from ..similarity import inverse
 from ..units import find_sites, function_name, kind_of_sites, mixes, site_axes, trace, unit_axis, unit_sites
@@ -76,7 +76,7 @@ def contributions(
             like = {"device": split.device, "dtype": dtype, "requires_grad": True}
             gates = {site: torch.ones(len(images), width, **like) for site, width in widths.items()}
             with torch.enable_grad():
-                logits = Gated(traced, gates).run(images.to(dtype))
+                logits = only_logits(Gated(traced, gates).run(images.to(dtype)))
                 total = lead(logits[:, find_outputs(split.classes, logits.shape[1], outputs)], labels).sum()
             slopes = torch.autograd.grad(total, list(gates.values()), materialize_grads=True)
             for site, slope in zip(sites, slopes): found[site] += one_hot(labels, len(sizes)).T @ slope.abs().float()
