@@ -27,7 +27,7 @@ from .training import fit
 def least_accuracy(
     counts: torch.Tensor, # [C], images of each class
 ) -> float: # fraction
-    "Compute what a network must reach to be told from one that guesses (ours)."
+    "Compute what a network must reach to be told from one that guesses."
     images, share = float(counts.sum()), float(counts.max() / counts.sum())
     certain = share + 3 * (share * (1 - share) / images) ** 0.5
     return min(1.0, max(certain, 1.5 / (len(counts) + 0.5)))
@@ -84,7 +84,7 @@ def modular_finetune(
     seed: int = 0, # of order and augmentation, and of first weights of mask generators
     **options: Any, # others of `fit`: weight_decay, checkpoint, device, precision, progress, ...
 ) -> tuple[nn.Module, History]: # the copy that learned, in evaluation mode, and a row for each epoch
-    """Go on training a network so that it can be taken apart (ours).
+    """Go on training a network so that it can be taken apart.
 
     Raises ValueError for a network that is not trained, no epoch, and a class without images."""
     objective = MODA(dispersion=2) if objective is None else objective

@@ -49,7 +49,7 @@ opaque(Lift)
 
 # %% ../../nbs/mwt/00_generators.ipynb #f0a10d18
 class OpenTanh(nn.Module):
-    "A hyperbolic tangent that is stretched to be 1 at 1 (ours)."
+    "A hyperbolic tangent that is stretched to be 1 at 1."
 
     def forward(
         self,
@@ -314,7 +314,7 @@ def nudge_generators(
     share: float = 0.3, # of the usual size of the last weights
     seed: int | None = None, # of the draw; None: from torch's global generator
 ) -> nn.Module: # `modular`
-    "Let the masks of open generators depend on the image, a little; ValueError for models without any (ours)."
+    "Let the masks of open generators depend on the image, a little; ValueError for models without any."
     with torch.random.fork_rng(devices=[], enabled=seed is not None), torch.no_grad():
         if seed is not None: torch.default_generator.manual_seed(seed)
         for generator in require_generators(modular).values():
