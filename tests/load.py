@@ -112,8 +112,9 @@ def walk(count: int) -> dict: # of that many sub-tasks of 100 classes
 
 
 def collect(count: int, units: int = 4160) -> dict: # masks of that many images
-    layers, width = [nn.Conv2d(3, units // 8, 4, stride=4), nn.BatchNorm2d(units // 8), nn.ReLU()], units // 8
-    for _ in range(7): layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    width = units // 8 # the first layer has no masks
+    layers = [nn.Conv2d(3, width, 4, stride=4), nn.BatchNorm2d(width), nn.ReLU()]
+    for _ in range(8): layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 10)).eval()
     split = pictures(count, 10, 4)
     sample_masks(model, split.select(torch.arange(min(512, count))))
