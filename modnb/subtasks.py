@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from .data import Split, Stream, as_split, class_indices
 from .files import UnreadableFile, write_text
-from .metrics import count_flops, count_weights
+from .metrics import accuracy, count_flops, count_weights
 from .prediction import answers, evaluate, find_outputs, output_names, predict, select_columns
 
 # %% ../nbs/17_subtasks.ipynb #10811418
@@ -185,6 +185,6 @@ def compare(
     logits, labels = answers(model, part)
     if outputs is None: outputs = output_names(model)
     columns = dict(zip(split.classes, find_outputs(split.classes, logits.shape[1], outputs)))
-    right = select_columns(logits, part, columns).argmax(1) == labels
-    return {"accuracy": right.double().mean().item(), "composed_accuracy": evaluate(small, part),
+    right = accuracy(select_columns(logits, part, columns), labels)
+    return {"accuracy": right, "composed_accuracy": evaluate(small, part),
             "composed_size": count_weights(small) / count_weights(model)}

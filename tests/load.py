@@ -112,11 +112,12 @@ def walk(count: int) -> dict: # of that many sub-tasks of 100 classes
 
 
 def collect(count: int, units: int = 4160) -> dict: # masks of that many images
-    layers, width = [nn.Conv2d(3, units // 8, 4, stride=4), nn.BatchNorm2d(units // 8), nn.ReLU()], units // 8
-    for _ in range(7): layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
+    width = units // 8 # the first layer has no masks
+    layers = [nn.Conv2d(3, width, 4, stride=4), nn.BatchNorm2d(width), nn.ReLU()]
+    for _ in range(8): layers += [nn.Conv2d(width, width, 1), nn.BatchNorm2d(width), nn.ReLU()]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(width, 10)).eval()
     split = pictures(count, 10, 4)
-    sample_masks(model, split.select(torch.arange(512)))
+    sample_masks(model, split.select(torch.arange(min(512, count))))
     before, begun = held(), time.process_time()
     used = torch.cat(list(sample_masks(model, split).values()), 1)
     collected = held()
@@ -139,9 +140,11 @@ def main() -> int: # 1 where a notebook failed, or something is left
     options = parser.parse_args()
     torch.set_num_threads(1)
     some = lambda count: max(1, round(options.share * count))
-    found = {"sub-tasks": [alone(walk, some(count)) for count in (ALL // 10, ALL)],
-             "masks": [alone(collect, some(count)) for count in (5_000, 50_000)]}
-    for row in (*found["sub-tasks"], *found["masks"]): print(", ".join(f"{word} {n:,}" for word, n in row.items()))
+    found = {"sub-tasks": [], "masks": []}
+    for part, task, most in (("sub-tasks", walk, ALL), ("masks", collect, 50_000)):
+        for count in (most // 10, most):
+            found[part].append(alone(task, some(count)))
+            print(", ".join(f"{word} {value:,}" for word, value in found[part][-1].items()), flush=True)
     bad = False
     if options.notebooks:
         found["notebooks"] = notebooks(options.notebooks, options.jobs)
