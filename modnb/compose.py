@@ -27,7 +27,7 @@ from .extract import Anatomy, logits_of
 from .files import UnreadableFile, atomic_path, check_header, digest, load_tensors, save_tensors
 from .masks import NAMES, ModuleMasks
 from .prediction import find_outputs
-from .units import unit_axis
+from .units import unit_axis, works_in_place
 
 # %% ../nbs/16_compose.ipynb #8210c6cc
 def reorder_outputs(
@@ -180,6 +180,8 @@ def share_layers(
             if node.op == "placeholder": new[node] = images; continue
             if node.op == "output": ends.append(new[node.args[0]]); continue
             name = operation_name(part, node, new)
+            overwritten = len(node.users) > 1 and any(map(works_in_place, node.users))
+            if overwritten: name = (*name, len(ends)) # each part has its own
             if name not in known:
                 known[name] = graph.node_copy(node, new.__getitem__)
                 if node.op in ("call_module", "get_attr"):

@@ -368,8 +368,8 @@ def compare_reuse(
         "folded_renormalised": lambda: renormalise(reuser.folded(columns, statistics), part.train),
         "aligned": lambda: reuser.aligned(columns, statistics, part.train),
         "aligned_calibrated": lambda: calibrate(reuser.aligned(columns, statistics, part.train), part.train),
-        "calibrated": lambda: calibrate(renormalise(reuser(columns), part.train), part.train),
-        "folded_calibrated": lambda: calibrate(renormalise(reuser.folded(columns, statistics), part.train), part.train),
+        "calibrated": lambda: calibrate(reuser(columns), part.train),
+        "folded_calibrated": lambda: calibrate(reuser.folded(columns, statistics), part.train),
         "tuned": tuned}
     whole = {"standard": standard, "modular": reuser.modular}
     found = {name: evaluate(model, part.test, columns) for name, model in whole.items() if name in wanted and model}
