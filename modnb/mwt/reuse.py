@@ -215,7 +215,8 @@ class Reuser:
     ) -> nn.Module: # outputs [B, len(classes)]; soft masks still depend on the image
         "The union of the modules with what their generators need; ValueError for unknown classes."
         columns = subtask_columns(classes, self.masks.classes)
-        module = self.modular_anatomy.extract(self.masks.keep(columns), columns)
+        keep = dict(self.masks.keep(columns)) # of the plain network, whose layers have the same names here
+        module = self.modular_anatomy.extract(keep, columns)
         module.classes = [self.masks.classes[c] for c in columns]
         return module
 
