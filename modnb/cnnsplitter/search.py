@@ -668,5 +668,5 @@ def search(
         warnings.warn(f"no generation keeps at most {rules.size_goal:.0%} of the kernels; the nearest keeps "
                       f"{row['kernel_retention']:.0%}. More generations, smaller keep_sensitive and keep_insensitive "
                       "or a larger size_weight get nearer", stacklevel=2)
-    return SearchResult(grouping.masks(kernels).of(model), state.history, state.generation, row["accuracy"], row["difference"],
-                        state.population, lines, reached)
+    return SearchResult(grouping.masks(kernels).of(model), state.history, state.generation, row["accuracy"],
+                        row["difference"], state.population, lines, reached)
