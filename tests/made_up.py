@@ -21,7 +21,8 @@ CLASSES = {"cifar10": "airplane automobile bird cat deer dog frog horse ship tru
            "cifar100": [f"class {number}" for number in range(100)]}
 TEN = [str(number) for number in range(10)]
 OF_SYSTEMS = {"moda": {"warmup", "average", "affinity", "dispersion", "compactness", "compactness_form", "sites"},
-              "mwt": {"warmup", "average", "w_cohesion", "w_coupling", "generators", "floor", "mask_slope"}}
+              "mwt": {"warmup", "average", "w_cohesion", "w_coupling", "generators", "floor", "mask_slope"},
+              "nemo": {"warmup", "w_contrast", "temperature", "contrast", "spared", "attention", "floor"}}
 UNUSED = {"study", "run", "search", "out", "root", "device", "seed"}
 NOT_RECORDED = {"modularize": {"latency_runs", "split"}, "thresholds": {"thresholds"}, "moda_residual": {"batch_size"},
                 "moda_subtasks": {"batch_size", "rows_of_each"}, "cnnsplitter_patch": {"targets", "kinds"}}
