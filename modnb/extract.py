@@ -156,7 +156,22 @@ class Extracted(fx.GraphModule):
         new._non_persistent_buffers_set = {*self._non_persistent_buffers_set}
         for name in {"classes", "keep", "preparation", "recipe"} & vars(self).keys():
             setattr(new, name, copy.deepcopy(getattr(self, name), memo))
-        return new
+        return new.for_images_of(self.meta.get("image_size"))
+
+    def for_images_of(
+        self,
+        size: tuple[int, ...] | None, # height and width, pixels; None: any
+    ) -> "Extracted": # itself
+        "Refuse images of another size, where what was recorded depends on it; ValueError at the call."
+        def check(_: nn.Module, inputs: tuple) -> None:
+            if tuple(inputs[0].shape[2:]) == size: return
+            raise ValueError(f"this network was extracted for images of {' x '.join(map(str, size))} pixels, not "
+                             f"{' x '.join(map(str, inputs[0].shape[2:]))}, and its windows depend on that: extract it "
+                             "anew, with an example of the other size")
+        if size is not None:
+            self.meta["image_size"] = size
+            self.register_forward_pre_hook(check)
+        return self
 
     def __repr__(self) -> str:
         served = f" for {', '.join(self.classes)}" if "classes" in vars(self) else ""
@@ -269,7 +284,7 @@ class Builder(Maker):
         self.graph.lint()
         module = Extracted(self.root, self.graph, type(plan.graph.owning_module).__name__)
         module._non_persistent_buffers_set.update(self.indices)
-        return module
+        return module.for_images_of(plan.graph.owning_module.meta.get("image_size"))
 
 
 def _known_by(rule: Rule) -> int | str:

@@ -115,11 +115,11 @@ class Known(fx.Proxy):
 
     def __bool__(self) -> bool: return self.plain(bool)
 
-    def __int__(self) -> int: return self.tracer.fix(self.plain(int))
+    def __int__(self) -> int: return self.plain(int)
 
-    def __index__(self) -> int: return self.tracer.fix(self.plain(operator.index))
+    def __index__(self) -> int: return self.plain(operator.index)
 
-    def __float__(self) -> float: return self.tracer.fix(self.plain(float))
+    def __float__(self) -> float: return self.plain(float)
 
     def __len__(self) -> int: return len(self.value)
 
@@ -196,13 +196,9 @@ class LayerTracer(fx.Tracer):
         self.example, self.running = example, False
         self.inside: list[str] = [] # paths of the layers being traced, outermost first
         self.whole: dict[str, Exception] = {} # path of a layer that is kept whole -> why
-        self.fixed = False # has a size become a number?
+        self.by_size = False # was something recorded that is different for images of another size?
         self.parameters: dict[str, fx.Proxy] = {}
         self.parts: dict[fx.Node, tuple[Known, Any]] = {} # `x[i]` -> x, i
-
-    def fix(self, number: int | float) -> int | float:
-        self.fixed = True
-        return number
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return isinstance(m, tuple(_opaque)) or super().is_leaf_module(m, module_qualified_name)
@@ -216,7 +212,9 @@ class LayerTracer(fx.Tracer):
 
     def create_proxy(self, kind, target, args, kwargs, *further, **options):
         name = ".".join(getattr(target, part, "") for part in ("__module__", "__name__") if kind == "call_function")
-        if self.example is not None and name in OPENED: return target(*args, **kwargs)
+        if self.example is not None and name in OPENED:
+            self.by_size = True
+            return target(*args, **kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *further, **options)
         if self.example is None: return made
         if kind == "placeholder" and (args or target.startswith("*")): # optional: the code shall see the default
@@ -338,7 +336,9 @@ def trace_graph(
                 "that do so into a layer of their own, which is then kept whole") from error
     _tell_whole(model, tracer.whole, graph)
     if example is not None: _finish(model, graph)
-    return fx.GraphModule(model, graph, type(model).__name__)
+    traced = fx.GraphModule(model, graph, type(model).__name__)
+    if tracer.by_size: traced.meta["image_size"] = tuple(example.shape[2:])
+    return traced
 
 
 def _finish(model: nn.Module, graph: fx.Graph) -> None:

@@ -481,6 +481,9 @@ def test_heads_of_torchvisions_windows_are_units(version):
     smaller = anatomy.extract(one)
     assert smaller.get_parameter("features.1.0.attn.qkv.weight").shape == (12, 8)
     assert smaller.get_parameter("features.3.1.attn.proj.weight").shape == (16, 4)
+    larger = torch.randn(1, 3, 40, 40)
+    for network in (smaller, copy.deepcopy(smaller)):
+        with pytest.raises(ValueError, match="for images of 20 x 20 pixels, not 40 x 40"): network(larger)
 
 
 def test_a_layer_called_several_times_is_there_once():
