@@ -3,7 +3,7 @@
 (() => {
   const found = [], root = document.documentElement, shown = text => text.trim().replace(/\s+/g, " ").slice(0, 80);
   const name = e => e.tagName.toLowerCase() + (e.id ? "#" + e.id : "") + (e.classList.length ? "." + [...e.classList].join(".") : "");
-  if (root.scrollWidth > root.clientWidth) {
+  if (root.scrollWidth > root.clientWidth + 1) { // one pixel is rounding
     const scrolls = e => { for (; e; e = e.parentElement) if (getComputedStyle(e).overflowX !== "visible") return e; };
     const wide = [...document.body.querySelectorAll("*")].filter(e => {
       const box = e.getBoundingClientRect(), frame = scrolls(e.parentElement);
