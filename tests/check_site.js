@@ -53,7 +53,7 @@
     if (/\]\(|<a |__main__|\*args, \*\*kwargs\)$/.test(text)) found.push(`not a signature: ${shown(text)}`);
   }
   for (const folded of main.querySelectorAll("details.code")) { // methods with a docstring have a heading each
-    const made = folded.textContent, known = new Set([...main.querySelectorAll("h3, h4, h5")].map(e => e.textContent.trim().replace(/[#¶]$/, "").trim()));
+    const made = folded.textContent, known = new Set([...main.querySelectorAll("h2, h3, h4, h5")].map(e => e.textContent.trim().replace(/[#¶]$/, "").trim()));
     for (const [, name] of made.matchAll(/^class ([A-Za-z]\w*)/gm)) if (!known.has(name)) found.push(`class without a heading: ${name}`);
   }
   return found;

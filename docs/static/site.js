@@ -3,5 +3,6 @@ if (location.protocol === "file:") DOCUMENTATION_OPTIONS.SHOW_SEARCH_SUMMARY = f
 // The sidebar is longer than a window: it begins where one is.
 addEventListener("DOMContentLoaded", () => {
   const box = document.querySelector(".sidebar-scroll"), here = document.querySelector(".sidebar-tree .current-page > a");
-  if (box && here) box.scrollTop += here.getBoundingClientRect().top - innerHeight / 3;
+  const away = (here?.getBoundingClientRect().top ?? 0) - innerHeight / 3;
+  if (box && away > 0) box.scrollBy({top: away, behavior: "instant"});
 });
