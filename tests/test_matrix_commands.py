@@ -173,7 +173,7 @@ def test_a_plan_for_another_gpu(tmp_path, capsys):
     plan = ["run", "smoke", "--dry-run", "--gpus", "0", "--runs", str(tmp_path)]
     assert main([*plan, "--on", "NVIDIA H200"]) == 0
     said = capsys.readouterr().out
-    assert "hours of training on NVIDIA H200" in said and "for 1 of 3, others not measured" in said
+    assert "hours of training on NVIDIA H200" in said and "for 1 of 4, others not measured" in said
     assert main(plan) == 0
     said = capsys.readouterr().out
     assert "NVIDIA H200" not in said.splitlines()[0]

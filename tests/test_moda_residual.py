@@ -232,7 +232,7 @@ def test_bad_input():
 
 def test_the_experiment_writes_rows_of_all_forms(tmp_path):
     network, out = tmp_path / "network", tmp_path / "out"
-    small = {"model": "resnet18", "width": 0.07, "image_size": 8, "train_limit": 200, "test_limit": 100, "epochs": 2}
+    small = {"model": "resnet18", "width": 0.125, "image_size": 8, "train_limit": 200, "test_limit": 100, "epochs": 2}
     run_notebook(EXPERIMENTS / "train.ipynb", network / "train.ipynb",
                  small | {"system": "moda", "valid": 0.1, "out": str(network)})
     settings = {"run": str(network), "out": str(out), "study": "mine", "sizes": "2,4", "shares": "0.05,0.2",

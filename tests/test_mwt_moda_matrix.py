@@ -16,11 +16,12 @@ from modnb.lab.running import notebook_parameters, run_notebook
 EXPERIMENTS = Path(__file__).parents[1] / "nbs/experiments"
 MATRIX = read_matrix(EXPERIMENTS / "matrix.yaml")
 OWN_RULES = {"mwt": "relax", "moda": "top_share", "plain": "top_share"}
+OF_NEMO = {"w_contrast", "temperature", "contrast", "spared", "attention"}
 OF_SYSTEM = { # settings of the training that rows of a system do not record, because the system has no such thing
-    "plain": {"warmup", "average", "affinity", "dispersion", "compactness", "compactness_form", "sites", "w_cohesion",
-              "w_coupling", "generators", "floor", "mask_slope"},
-    "moda": {"w_cohesion", "w_coupling", "generators", "floor", "mask_slope"},
-    "mwt": {"affinity", "dispersion", "compactness", "compactness_form", "sites"}}
+    "plain": OF_NEMO | {"warmup", "average", "affinity", "dispersion", "compactness", "compactness_form", "sites",
+                        "w_cohesion", "w_coupling", "generators", "floor", "mask_slope"},
+    "moda": OF_NEMO | {"w_cohesion", "w_coupling", "generators", "floor", "mask_slope"},
+    "mwt": OF_NEMO | {"affinity", "dispersion", "compactness", "compactness_form", "sites"}}
 SUBTASKS = "2,3,4,5,6,7,8,9,10"
 
 

@@ -134,7 +134,7 @@ def test_reports_of_files(tmp_path):
      "'modularize' and 'modularize@again' both measure composed_accuracy"),
     ({"thresholds": {}, "thresholds@b": {"latency": 1}}, "both measure empty_masks"),
     ({"cnnsplitter_search@a": {"grouping": "none"}, "cnnsplitter_search@b": {"grouping": "none", "how": "masked"}},
-     "both measure search_time")])
+     "both measure union_accuracy")])
 def test_a_number_has_one_stage(stages, said):
     cell = Cell("s", "c", "n", {}, stages)
     declared = {stage: made_up.parameters(stage.partition("@")[0]) for stage in stages}

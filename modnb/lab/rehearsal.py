@@ -230,7 +230,8 @@ def write_seconds(
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(["study", "cell", "stage", "seconds"])
         for one in played:
-            if one.seconds: writer.writerow([one.job.study, one.job.cell, one.job.stage, f"{one.seconds:.2f}"])
+            if one.state == "skipped": continue
+            writer.writerow([one.job.study, one.job.cell, one.job.stage, f"{one.seconds:.2f}"])
 
 # %% ../../nbs/lab/09_rehearsal.ipynb #d5471bc7
 def written_settings(
