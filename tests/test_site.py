@@ -170,7 +170,7 @@ KNOWN = {"project": {"type"}, "format": {"html"}, "metadata-files": None,
          "website": {"twitter-card", "open-graph", "repo-actions", "navbar", "sidebar", "favicon", "page-navigation",
                      "bread-crumbs", "back-to-top-navigation", "search", "page-footer"}}
 KNOWN_HTML = {"theme", "toc", "toc-depth", "html-math-method", "code-copy", "code-overflow", "fig-format", "css",
-              "grid", "respect-user-color-scheme"}
+              "grid", "respect-user-color-scheme", "include-after-body"}
 
 
 def test_quarto_settings():
