@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['check_images', 'check_pixels', 'only_logits', 'answers', 'predict', 'find_outputs', 'check_logits', 'check_weights',
-           'select_columns', 'output_names', 'evaluate']
+           'select_columns', 'output_names', 'evaluate', 'least_accuracy']
 
 # %% ../nbs/05_prediction.ipynb #faab74f7
 from collections.abc import Iterable, Mapping, Sequence
@@ -176,3 +176,14 @@ def evaluate(
     logits = select_columns(logits, split, columns)
     check_logits(logits)
     return (logits.argmax(1) == labels.to(logits.device)).double().mean().item()
+
+# %% ../nbs/05_prediction.ipynb #d2880684
+def least_accuracy(
+    counts: Tensor | int, # [C], images of each class; or the number of classes, where nobody counted
+) -> float: # fraction
+    "Compute what a network must reach to be told from one that guesses."
+    classes = counts if isinstance(counts, int) else len(counts)
+    least = min(1.0, 1.5 / (classes + 0.5))
+    if isinstance(counts, int): return least
+    images, share = float(counts.sum()), float(counts.max() / counts.sum())
+    return min(1.0, max(share + 3 * (share * (1 - share) / images) ** 0.5, least))

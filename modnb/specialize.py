@@ -34,7 +34,7 @@ from .masks import ModuleMasks, threshold_masks
 from .metrics import costs, count_weights
 from .moda.decompose import activation_rates, always_active
 from .moda.residual import contributions, keep_sums_alive, relative_contributions, sum_sites
-from .prediction import evaluate, only_logits, output_names
+from .prediction import evaluate, least_accuracy, only_logits, output_names
 from .progress import wants_progress
 from .subtasks import compare
 from .units import unit_sites
@@ -287,7 +287,7 @@ def check_knowing(
     classes: Sequence[str],
 ) -> None:
     "Warn where a network hardly beats guessing, which a wrong preparation or order of outputs may be the cause of."
-    if len(classes) > 1 and accuracy < 1.5 / (len(classes) + 0.5):
+    if len(classes) > 1 and accuracy < least_accuracy(len(classes)):
         warnings.warn(f"the whole network is right for {accuracy:.0%} of the validation images, of {len(classes)} "
                       "classes. Are the images normalised as it was trained (mean, std, resize, crop), and is each "
                       "class the output it should be (outputs)?", stacklevel=3)

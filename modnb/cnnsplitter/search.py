@@ -37,7 +37,7 @@ from ..data import Split, images_per_class
 from ..files import digest, load_tensors, refuse_other_run, save_tensors
 from ..locks import claimed_file
 from ..masks import ModuleMasks
-from ..prediction import predict
+from ..prediction import least_accuracy, predict
 from ..progress import wants_progress
 
 # %% ../../nbs/cnnsplitter/04_search.ipynb #0439f201
@@ -599,7 +599,7 @@ def warn_of_ignorance(
 ) -> None:
     "Warn where a network hardly beats guessing on the images of the search."
     right = (whole.argmax(0) == labels).double().mean().item()
-    if right < 1.5 / (len(whole) + 0.5):
+    if right < least_accuracy(torch.bincount(labels, minlength=len(whole))):
         warnings.warn(f"the network is right for {right:.0%} of the images of the search, of {len(whole)} classes, so "
                       "its modules cannot be better; train it first, or look whether these images are normalised as "
                       "it was trained", stacklevel=3)
