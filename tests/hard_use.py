@@ -201,6 +201,7 @@ WRONG_MATRIX = [ # old, new
     ("&small {", "&small {<<: *small, "), ("train: *small", "train: [3]"), ("train: *small", "train: {system: x}"),
     ("{sizes: \"2,3\"}", "[1]"), ("profiles:", "profile:"), ("seed: [0, 1, 2]", "seed: !!python/name:os.system [0]"),
     ("seed: [0, 1, 2]", f"seed: [{', '.join(map(str, range(20_000)))}]"), ("  first:", "\tfirst:"),
+    ("about: two ways", "about: way #2"), ("lr: 0.1", "lr: 0.1 #1\n    "), ("model: lenet5", "model: lenet5 # 5\n    "),
 ]
 
 
@@ -350,7 +351,7 @@ def misuse(place: Path, chance: random.Random, times: int) -> Iterator[Attempt]:
 
 SHELL = ["$(touch broken)", "`touch broken`", "; touch broken", "| touch broken", "&& touch broken", "\ntouch broken\n",
          "' ; touch broken ; '", '"; touch broken; "', "> broken", "{x}", "~", "*", "!!",
-         "-rf", "\\", "a b\tc", "$HOME", "#x"]
+         "-rf", "\\", "a b\tc", "$HOME", "#x", "a #b"]
 
 
 def shells(place: Path, chance: random.Random, times: int) -> Iterator[Attempt]:

@@ -6,10 +6,10 @@
 __all__ = ['STUDY_KEYS', 'MOST_CELLS', 'FOLDER_NAME', 'TAKEN_NAMES', 'PLAIN_NUMBER', 'MOST_VALUES', 'NOT_DECIDING', 'LATER',
            'ABOUT_METRICS', 'MEASURES', 'OLDER', 'REHEARSAL', 'WrongMatrix', 'short', 'check_folder_name', 'check_keys',
            'has_mappings', 'check_plain', 'check_values', 'check_fills', 'check_stages', 'check_study', 'check_scalar',
-           'check_keys_once', 'count_values', 'read_yaml', 'line_of', 'read_matrix', 'choose_studies', 'Cell', 'fits',
-           'cell_name', 'check_conditions', 'combinations', 'network_name', 'stage_notebook', 'cell_stages',
-           'linked_stages', 'study_cells', 'facts', 'deciding', 'decides', 'decided', 'stage_settings', 'check_repeats',
-           'check_metrics', 'check_cells', 'shell_words']
+           'check_comment', 'check_keys_once', 'count_values', 'read_yaml', 'line_of', 'read_matrix', 'choose_studies',
+           'Cell', 'fits', 'cell_name', 'check_conditions', 'combinations', 'network_name', 'stage_notebook',
+           'cell_stages', 'linked_stages', 'study_cells', 'facts', 'deciding', 'decides', 'decided', 'stage_settings',
+           'check_repeats', 'check_metrics', 'check_cells', 'shell_words']
 
 # %% ../../nbs/lab/01_matrix.ipynb #811db2a4
 import math
@@ -202,6 +202,16 @@ def check_scalar(
     return "" if math.isfinite(float(text)) else f"{text} is too large"
 
 
+def check_comment(
+    node: Any, # of YAML's tree, a single value
+) -> str: # what is wrong with it; empty: nothing
+    "Say where a ` #` cuts off what may belong to a name."
+    behind = re.match(r"[^\r\n\0]*", node.end_mark.buffer[node.end_mark.pointer:])[0]
+    comment = r"[ \t]+#" if node.tag.endswith(":str") else r"[ \t]+#[^\s#]"
+    if node.style or not re.match(comment, behind): return ""
+    return f"{short(behind.strip())} behind {short(node.value)} would be a comment, which has to stand elsewhere"
+
+
 def check_keys_once(
     node: Any, # a mapping of YAML's tree
     name: str, # of the file
@@ -229,7 +239,8 @@ def count_values(
         raise ValueError(f"{name}, line {node.start_mark.line + 1}: what stands here contains itself")
     known[id(node)], line = 0, node.start_mark.line + 1
     if isinstance(node.value, str):
-        if wrong := check_scalar(node): raise ValueError(f"{name}, line {line}: {wrong}; text needs quotes")
+        wrong = check_scalar(node) or check_comment(node)
+        if wrong: raise ValueError(f"{name}, line {line}: {wrong}; text needs quotes")
         inner = []
     elif node.tag.rpartition(":")[2] not in ("map", "seq"):
         raise ValueError(f"{name}, line {line}: {node.tag} is neither a mapping nor a list")

@@ -26,7 +26,7 @@ from ..masks import EMPTY_RULES, NAMES
 from ..moda.decompose import active_units
 from ..models import create_model, model_options
 from ..mwt.generators import add_mask_generators, mask_generators, remove_mask_generators
-from ..mwt.modularize import sample_masks
+from ..mwt.modularize import sample_masks, stack_batches
 from ..nemo.neurons import ATTENTION, add_neuron_generators
 from ..units import observe
 
@@ -170,9 +170,9 @@ def active_samples(
 ) -> dict[str, torch.Tensor]: # site -> bool [N, K], in the order of the split
     "Collect the units that are not zero, image by image (MODA Sec. 3.2)."
     network = observe(model, sites, normalise(split.images[:2], split.mean, split.std))
-    with torch.no_grad(): parts = [{site: active_units(activation) for site, activation in network(images)[1].items()}
-                                   for images, _ in batches(split, batch_size, **augmentation)]
-    return {site: torch.cat([part[site] for part in parts]) for site in sites}
+    shown = (network(images)[1] for images, _ in batches(split, batch_size, **augmentation))
+    with torch.no_grad():
+        return stack_batches(({site: active_units(maps[site]) for site in sites} for maps in shown), len(split))
 
 
 def used_units(
