@@ -17,6 +17,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -131,27 +132,31 @@ def alone(task, number: int) -> dict: # in a process of its own
     with get_context("spawn").Pool(1) as pool: return pool.apply(task, (number,))
 
 
+PARTS = ("sub-tasks", "masks", "notebooks")
+
+
+def measure(part: str, options: argparse.Namespace) -> Any: # plain values
+    if part == "notebooks": return notebooks(options.notebooks, options.jobs)
+    task, most = (walk, ALL) if part == "sub-tasks" else (collect, 50_000)
+    return [alone(task, max(1, round(options.share * count))) for count in (most // 10, most)]
+
+
 def main() -> int: # 1 where a notebook failed, or something is left
     parser = argparse.ArgumentParser(description="Much at once, and much in memory.")
+    parser.add_argument("--part", choices=PARTS, action="append", help="only this one; may be said several times (all)")
     parser.add_argument("--notebooks", type=int, default=200, help="how many (200)")
     parser.add_argument("--jobs", type=int, default=8, help="at a time (8)")
     parser.add_argument("--share", type=float, default=1.0, help="of the sub-tasks and images (1)")
-    parser.add_argument("--write", type=Path, help="write what was measured there, as JSON")
+    parser.add_argument("--write", type=Path, help="write what was measured there, as JSON; other parts stay")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    some = lambda count: max(1, round(options.share * count))
-    found = {"sub-tasks": [], "masks": []}
-    for part, task, most in (("sub-tasks", walk, ALL), ("masks", collect, 50_000)):
-        for count in (most // 10, most):
-            found[part].append(alone(task, some(count)))
-            print(", ".join(f"{word} {value:,}" for word, value in found[part][-1].items()), flush=True)
-    bad = False
-    if options.notebooks:
-        found["notebooks"] = notebooks(options.notebooks, options.jobs)
-        print(found["notebooks"])
-        bad = found["notebooks"]["right"] < options.notebooks or any(found["notebooks"]["left"].values())
-    if options.write: options.write.write_text(json.dumps(found, indent=1) + "\n")
-    return int(bad)
+    found = json.loads(options.write.read_text()) if options.write and options.write.exists() else {}
+    for part in options.part or PARTS:
+        found[part] = measure(part, options)
+        print(json.dumps({part: found[part]}), flush=True)
+        if options.write: options.write.write_text(json.dumps(found, indent=1) + "\n")
+    crowd = found.get("notebooks", {"right": 0, "notebooks": 0, "left": {}})
+    return int(crowd["right"] < crowd["notebooks"] or any(crowd["left"].values()))
 
 
 if __name__ == "__main__": sys.exit(main())

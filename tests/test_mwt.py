@@ -4,6 +4,7 @@ import copy
 import itertools
 import math
 import warnings
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,15 @@ from modnb.mwt.losses import (
     mask_health,
     published_weights,
 )
-from modnb.mwt.modularize import Recording, batch_modularity, mask_statistics, measure, modularize, sample_masks
+from modnb.mwt.modularize import (
+    Recording,
+    batch_modularity,
+    mask_statistics,
+    measure,
+    modularize,
+    sample_masks,
+    stack_batches,
+)
 from modnb.mwt.reuse import (
     Reuser,
     compare_reuse,
@@ -442,6 +451,18 @@ def test_cohesion_coupling_and_retention_equal_a_loop(tiny):
     assert found["kernel_retention"] == pytest.approx(sum(m.double().mean().item() for m in modules) / 4)
     joined = torch.cat(list(sample_masks(tiny, split, batch_size=7).values()), 1)
     assert torch.equal(joined, torch.stack(used))
+
+
+def test_batches_are_not_held_beside_what_is_made_of_them():
+    made = []
+    def parts():
+        for start in range(0, 7, 2):
+            rows = torch.arange(start, min(start + 2, 7))[:, None].expand(-1, 3).clone()
+            made.append(weakref.ref(rows))
+            yield {"a": rows}
+            del rows
+            assert sum(part() is not None for part in made) == 1 # the last one, which the caller still names
+    assert stack_batches(parts(), 7)["a"].tolist() == [[n] * 3 for n in range(7)]
 
 
 def test_augmented_counting_repeats_under_its_generator(tiny):

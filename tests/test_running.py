@@ -163,7 +163,7 @@ def test_jupyter_and_the_test_runner_are_not_stopped(notebook):
 
 
 def test_values_arrive_and_the_folder_is_made(notebook, tmp_path):
-    given = {"epochs": 7, "lr": 1, "name": "it's \"quoted\" {x} \\ ü", "flip": True}
+    given = {"epochs": 7, "lr": 1, "name": "it's \"quoted\" {x} \\ ü #2", "flip": True}
     out = run_notebook(notebook, tmp_path / "new/folder/out.ipynb", given)
     assert json.loads(outputs(out)) == given
 

@@ -6,7 +6,7 @@ ends with has to be the same to the last bit, what it left in between has to be 
 its folder. The moments come from a seed; what they hit is up to the machine.
 
 Children are forked, so that nothing is imported again: a hundred kills take a minute or two on one processor. The
-matrix runs as people run it, with Snakemake and kernels: it takes most of the time, and is killed a tenth as often."""
+matrix runs as people run it, with Snakemake and kernels: it takes most of the time, and is killed half as often."""
 
 import argparse
 import hashlib
@@ -215,7 +215,7 @@ class Task(NamedTuple):
 
 TASKS = {"training": Task(training), "search": Task(searching), "fine-tuning": Task(tuning),
          "sub-tasks": Task(subtasks), "results": Task(results, whole_rows), "report": Task(reporting, whole_pages),
-         "export": Task(exporting, whole_module), "matrix": Task(running, share=0.1, stops=True)}
+         "export": Task(exporting, whole_module), "matrix": Task(running, share=0.5, stops=True)}
 
 
 # Starting and killing
