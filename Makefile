@@ -14,7 +14,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 say = @printf '\n== %s\n' $(1)
 
-.PHONY: help demo results refresh test torture hard load slim lab docs check-docs readme clean
+.PHONY: help demo results refresh test torture hard load slim audit lab docs check-docs readme clean
 .DEFAULT_GOAL := help
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo 'make hard     damaged and invented files$(comma) wrong arguments$(comma) hostile names: what comes of each'
 	@echo 'make load     200 notebooks$(comma) 8 at a time; memory of 14$(comma)697 sub-tasks and of 50$(comma)000 masks'
 	@echo 'make slim     install without extras into a new environment$(comma) use it there$(comma) say what it weighs'
+	@echo 'make audit    licences and known vulnerabilities of what is installed$(comma) by tools of an environment of their own'
 	@echo 'make lab      the notebooks in JupyterLab'
 	@echo 'make docs     the site, in _docs/; make check-docs opens every page of it in a headless browser'
 	@echo 'make readme   README.md from nbs/index.ipynb'
@@ -84,6 +85,9 @@ load: .venv/.ready
 
 slim: .venv/.ready
 	$(BIN)/python tests/slim.py --write results/hard_use/slim.json
+
+audit: .venv/.ready
+	$(BIN)/python tests/audit.py --write results/hard_use/audit.json
 
 lab: .venv/.ready
 	$(call say,'JupyterLab: stop it with Ctrl-C')

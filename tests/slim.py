@@ -6,7 +6,9 @@ saved here is loaded, composed, specialised and exported, and where every part t
 
     python tests/slim.py                    # makes the environment, which takes minutes
     python tests/slim.py --python PATH      # one that is there, with the wheel in it
-    python tests/slim.py --use FOLDER       # what is done in it"""
+    python tests/slim.py --use FOLDER       # what is done in it
+
+With `--tried FILE` all that is written is that it worked with the interpreter and the torch that are there."""
 
 import argparse
 import json
@@ -32,6 +34,7 @@ from modnb.masks import ModuleMasks
 from modnb.moda.decompose import decompose
 from modnb.models import create_model
 from modnb.specialize import load_specialized, specialize
+from modnb.training import fit
 
 ROOT = Path(__file__).parents[1]
 ALONE = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} # of the checkout nothing
@@ -46,6 +49,10 @@ for one in distributions():
     found[one.metadata["Name"].lower()] = sum(file.stat().st_size for file in files if file.is_file())
 for tool in ("pip", "setuptools", "wheel"): found.pop(tool, None)
 print(json.dumps(found))"""
+VERSIONS = """
+import json, platform, sys
+from importlib.metadata import version
+print(json.dumps({"python": platform.python_version(), "torch": version("torch"), "numpy": version("numpy")}))"""
 IMPORT = "import torch, time; start = time.process_time(); import {}; print(time.process_time() - start)"
 
 
@@ -86,6 +93,8 @@ def use(folder: Path) -> None:
         small = specialize(network(), pictures(), ["0", "2"], max_loss=1.0)
     small.save(folder / "small")
     torch.testing.assert_close(load_specialized(folder / "small")(images), small.network(images))
+    history = fit(network(), pictures(), epochs=3, batch_size=4, device="cpu", precision="float32")
+    assert history.rows[-1]["loss"] < history.rows[0]["loss"], history.rows
 
 
 def parts(folder: Path) -> Iterator[tuple[str, Callable]]: # extra, what needs it
@@ -132,11 +141,19 @@ def measure(python: str) -> dict: # distributions, megabytes, seconds of imports
             "names": sorted(sizes), "import seconds": {name: round(value, 3) for name, value in fastest.items()}}
 
 
+def tell(path: Path, python: str, error: str) -> None: # of versions that were tried, once each
+    tried = json.loads(path.read_text()) if path.exists() else []
+    now = json.loads(subprocess.check_output([python, "-c", VERSIONS], text=True, cwd="/", env=ALONE))
+    tried = [one for one in tried if any(one[name] != now[name] for name in ("python", "torch"))]
+    path.write_text(json.dumps([*tried, now | {"error": error}], indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="Install without extras, use it, and say what it weighs.")
     parser.add_argument("--python", help="interpreter of an environment that has the wheel (a new one is made)")
     parser.add_argument("--use", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--write", type=Path, help="write what was measured there, as JSON")
+    parser.add_argument("--tried", type=Path, help="add the versions there, as JSON, and whether they work")
     options = parser.parse_args()
     if options.use: return use(options.use), refuse(options.use), None
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +161,11 @@ def main() -> None:
         place = Path(folder, "there")
         place.mkdir()
         save(place)
-        subprocess.run([python, __file__, "--use", place], check=True, cwd=place, env=ALONE)
+        ran = subprocess.run([python, __file__, "--use", place], cwd=place, env=ALONE, text=True,
+                             stderr=subprocess.PIPE if options.tried else None)
+        if options.tried:
+            return tell(options.tried, python, ran.stderr.strip().splitlines()[-1] if ran.returncode else "")
+        if ran.returncode: sys.exit(ran.returncode)
         found = {"pip install modnb": measure(python), "pip install 'modnb[dev]'": measure(sys.executable)}
     for name, row in found.items():
         seconds = ", ".join(f"{module} {value:.2f} s" for module, value in row["import seconds"].items())
