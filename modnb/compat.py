@@ -39,13 +39,13 @@ def needs(
 # %% ../nbs/92_compat.ipynb #7970b066
 MISSING_OPERATOR = "operator torchvision::nms does not exist"
 SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-DECLARED: list[Any] = [] # a declaration lasts as long as its library of torch's, so it is held here
+DECLARED: list[Any] = [] # a declaration lasts as long as its library, so it is held here
 
 # %% ../nbs/92_compat.ipynb #4af38e25
 def declare_operators() -> None:
     "Declare the schemas of the two operators that torchvision's Python code adds to, once."
     if DECLARED: return
-    import torch # not sooner: what starts notebooks has no use for it
+    import torch # here, since who asks for an extra need not wait for it
 
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"): library.define(name + SIGNATURE)
