@@ -768,12 +768,13 @@ def observe(
     model: nn.Module, # traced in its current train or eval mode
     sites: Iterable[str], # names from `unit_sites`
     example: torch.Tensor | None = None, # `[B, C, H, W]`, only its shape matters; None: tensors come as they are
+    moved: bool = True, # units in the second dimension; False: as tensors are on the way, where gradients find them
 ) -> fx.GraphModule: # `forward(x)` returns `(output, {site: tensor})`; shares all parameters with `model`
     "A view of the model that also returns the tensors at some sites, with an example as `[B, K, ...]`, without hooks."
     if example is not None: example = fitting(model, example)
     traced = trace_graph(unwrapped(model), example)
     sites = list(sites)
-    axes = {} if example is None else site_axes(model, sites, example)
+    axes = site_axes(model, sites, example) if moved and example is not None else {}
     nodes = find_sites(name_sites(traced), sites)
     output = next(n for n in traced.graph.nodes if n.op == "output")
     seen = {}

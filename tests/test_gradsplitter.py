@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from modnb.compose import ParallelModules
 from modnb.data import Split
 from modnb.extract import masked
 from modnb.gates import check_learnable, frozen, gate
@@ -25,6 +26,7 @@ from modnb.gradsplitter.learn import (
     schedule,
     score_loss,
 )
+from modnb.gradsplitter.reuse import best_modules, yes_f1
 from modnb.lab.results import read_rows
 from modnb.lab.running import run_notebook
 from modnb.masks import ModuleMasks
@@ -228,6 +230,47 @@ def test_gates_stand_behind_every_activation_of_maps():
     sites = gate_sites(network("resnet18"), torch.rand(2, 3, 16, 16))
     assert len(sites) == 17, "the first convolution, and two in each of eight blocks"
     assert len(gate_sites(network("vit_small"), torch.rand(2, 3, 16, 16))) > 1, "neurons between tokens"
+
+
+class Says(nn.Module):
+    "A module that says yes to images of one colour, or not quite"
+
+    def __init__(self, name, colour, yes=0.9):
+        super().__init__()
+        self.classes, self.colour, self.yes = [name], colour, yes
+
+    def forward(self, x): return torch.where(x.mean((2, 3)).argmax(1, keepdim=True) == self.colour, self.yes, 0.1)
+
+
+def test_the_best_modules_come_from_whichever_network_has_them():
+    "By F1 on images held out; the order of classes is that in which they first appear, and a tie keeps the first"
+    judges, side = split(), lambda *parts: ParallelModules(parts)
+    poor = side(Says("a", 0), Says("b", 0), Says("c", 2, yes=0.4)) # b answers for another colour, c never says yes
+    good = side(Says("c", 2), Says("b", 1), Says("a", 0))
+    composed = best_modules([poor, good], judges)
+    assert composed.classes == CLASSES
+    assert [part in poor.parts for part in composed.parts] == [True, False, False]
+    assert (composed(torch.eye(3)[:, :, None, None]).argmax(1) == torch.arange(3)).all()
+    scores, truth = torch.tensor([0.9, 0.6, 0.5, 0.1]), torch.tensor([True, False, True, True])
+    assert yes_f1(scores, truth) == pytest.approx(2 * 1 / (2 + 3)), "one half is no"
+    assert yes_f1(torch.zeros(4), truth) == 0
+    with pytest.raises(ValueError, match="no network to take modules from"): best_modules([], judges)
+    with pytest.raises(ValueError, match="no image judges c; there are images of a, b"):
+        best_modules([good], judges.subtask(["a", "b"]))
+
+
+def test_modules_of_networks_of_different_kinds_run_side_by_side():
+    "Also those of a transformer; each says what it said in its own network"
+    images, parts = torch.rand(4, 3, 16, 16), []
+    for name in ("vgg12", "vit_small", "resnet18"):
+        model = network(name)
+        gated = drawn(GatedNetwork(model, images, 3))
+        masks = ModuleMasks(gated.kept(), CLASSES).of(model)
+        parts.append(make_modules(model, Learned(masks, Heads(3, 3), [], 1), CLASSES, images))
+    mixed = ParallelModules([parts[2].parts[0], parts[0].parts[1], parts[1].parts[2]]).eval()
+    with torch.no_grad():
+        wanted = [parts[i](images)[:, c] for i, c in ((2, 0), (0, 1), (1, 2))]
+        assert torch.allclose(mixed(images), torch.stack(wanted, 1), atol=1e-5)
 
 
 def test_the_experiment_leaves_rows_that_can_be_compared(tmp_path):

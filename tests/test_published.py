@@ -15,6 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from modnb.lab.matrix import facts
 from modnb.lab.published import (
     CAVEATS,
     COLUMNS,
@@ -739,3 +740,25 @@ def test_text_for_people():
     marked = beside_text(beside(frame(runs([0.9])), "mwt_table3"))
     assert marked.notes.str.startswith("as printed").sum() == marked.notes.str.startswith("corrected").sum() == 5
     assert beside_text(beside(frame(runs([0.9])), "moda_table1")).published.iloc[0] == "95.85 % ± 0.06 %"
+
+
+# What is known of the others
+
+
+def test_what_others_report_adds_up_to_what_their_abstracts_say():
+    "Every line is complete, every table says where it is from and what to keep in mind, and means can be recomputed"
+    tables = facts("family")
+    for name, table in tables.items():
+        assert table["shows"] and table["from"] and table["caveats"] and table["method"].lower() == name.split("_")[0]
+        assert {len(line) for line in table["lines"]} == {len(table["columns"])}
+    column = lambda name, *places: [numpy.array([line[p] for line in tables[name]["lines"]], float) for p in places]
+    best, composed = column("gradsplitter_accuracy", 2, 3)
+    assert (composed - best).mean() == pytest.approx(5.22, abs=0.005)
+    numbers = column("gradsplitter_patching", *range(3, 9))
+    gains = [(after - before).mean() for before, after in zip(numbers[::2], numbers[1::2])]
+    assert gains == pytest.approx([17.13, 4.95, 11.47], abs=0.01)
+    weights, left, removed, before, after = column("seam_problems", 3, 4, 5, 6, 7)
+    assert removed.mean() == pytest.approx(89.89, abs=0.01) and (after - before).mean() == pytest.approx(5.85, abs=0.01)
+    assert 100 * (1 - left / weights) == pytest.approx(removed, abs=0.025), "weights are printed in hundredths"
+    twice = [line for line in tables["nemo_weights"]["lines"] if line[:2] == [1.4, 0.2]]
+    assert len(twice) == 2 and abs(twice[0][2] - twice[1][2]) == pytest.approx(0.0015)

@@ -150,11 +150,16 @@ def test_every_notebook_has_a_place():
     assert {"Methods: CNNSplitter", "Methods: MwT", "Methods: MODA"} <= set(build.groups()), "as papers write them"
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page.split("/")[0] in ("cnnsplitter", "moda", "mwt")])
+MAPPED = ("cnnsplitter", "moda", "mwt") # methods whose papers are on the map
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES
+                                  if page.split("/")[0] in (*MAPPED, "gradsplitter", "seam", "nemo")])
 def test_a_method_opens_with_a_picture_and_its_place_in_the_paper(page):
     opening = "\n".join(cell["source"] for cell in build.convert_notebook(PAGES[page]).cells[:3])
     assert re.search(r"^!\[[^\]]{40,}\]\(\.\./images/\w+\.svg\)", opening, re.MULTILINE)
-    assert re.search(r"\[\w+, Sections? [\d.]+[^\]]*\]\(\.\./explanations/01_paper_map", opening)
+    if page.startswith(MAPPED):
+        assert re.search(r"\[\w+, Sections? [\d.]+[^\]]*\]\(\.\./explanations/01_paper_map", opening)
 
 
 def test_page_names_are_nbdevs():

@@ -18,7 +18,9 @@ from ..extract import Anatomy, Extracted
 from ..masks import ModuleMasks
 from ..metrics import count_weights
 from .weights import Masked, weight_names
-from ..units import CONV_LAYERS, NORM_LAYERS, layer_of, observe, trace, unit_axis, unit_sites, unwrapped
+from modnb.units import (
+    CONV_LAYERS, NORM_LAYERS, layer_of, observe, site_axes, trace, unit_axis, unit_sites, unwrapped,
+)
 
 # %% ../../nbs/seam/01_structure.ipynb #950b737e
 def positive_copy(
@@ -54,10 +56,13 @@ def paths(
     sites, small = list(unit_sites(network, example)), 1e-6 # so small that no activation function bends
     pixels = small * (0.5 + torch.rand(example[:2].shape, generator=Generator().manual_seed(1), dtype=torch.float64))
     with torch.no_grad(): reached = observe(positive_copy(network, 0.0), sites, pixels)(pixels)[1]
-    output, seen = observe(positive_copy(network, small), sites, pixels)(pixels.requires_grad_())
+    looking = observe(positive_copy(network, small), sites, pixels, moved=False)
+    output, seen = looking(pixels.requires_grad_())
     gradients = torch.autograd.grad(output.sum(), [*seen.values()], allow_unused=True, materialize_grads=True)
     flat = lambda values: (values != 0).transpose(0, 1).flatten(1).any(1)
-    return {site: (flat(reached[site]), flat(gradient)) for site, gradient in zip(sites, gradients)}
+    axes = site_axes(network, sites, example)
+    slopes = {site: gradient.movedim(axes[site], 1) for site, gradient in zip(sites, gradients)}
+    return {site: (flat(reached[site]), flat(slopes[site])) for site in sites}
 
 # %% ../../nbs/seam/01_structure.ipynb #5011d89a
 class Units(NamedTuple):
