@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['WAYS', 'MEASURED', 'SMOOTH_LEVELS', 'JUDGES', 'BREEDING', 'GENERATIONS', 'TOLERANCES', 'Candidate', 'pick',
-           'by_activity', 'by_contribution', 'judges', 'with_calibration', 'try_all', 'by_search', 'largest_difference',
-           'verify', 'report_lines', 'report_text', 'model_card', 'save_program', 'Specialized', 'Exported',
-           'load_specialized', 'data_parts', 'check_knowing', 'prepare_makers', 'finetuned', 'specialize', 'measured']
+           'sites_by_image', 'by_activity', 'by_contribution', 'judges', 'with_calibration', 'try_all', 'by_search',
+           'largest_difference', 'verify', 'report_lines', 'report_text', 'model_card', 'save_program', 'Specialized',
+           'Exported', 'load_specialized', 'data_parts', 'check_knowing', 'prepare_makers', 'finetuned', 'specialize',
+           'measured']
 
 # %% ../nbs/21_specialize.ipynb #6a6bb491
 import copy
@@ -40,7 +41,7 @@ from .moda.residual import contributions, keep_sums_alive, relative_contribution
 from .prediction import evaluate, least_accuracy, only_logits, output_names
 from .progress import wants_progress
 from .subtasks import compare
-from .units import unit_sites
+from .units import trace, unit_sites
 
 # %% ../nbs/21_specialize.ipynb #f9169b3d
 class Candidate(NamedTuple):
@@ -72,16 +73,26 @@ MEASURED = ("activity", "contribution") # ways that need a pass over the trainin
 SMOOTH_LEVELS = (0.02, 0.05, 0.1, 0.2, 0.3) # of activity, where no activation is ever exactly zero
 
 
+def sites_by_image(
+    model: nn.Module,
+    example: Tensor, # [B, C, H, W], only its shape matters
+) -> list[str]: # behind activation functions, in order of execution
+    "List sites that can be looked at image by image; others, as of tables of positions, stay whole."
+    nodes = {node.meta["site"]: node for node in trace(model, example).graph.nodes}
+    return [site for site in unit_sites(model, example) if nodes[site].meta["shape"][:1] == (len(example),)]
+
+
 def by_activity(
     model: nn.Module,
     train: Split | Stream, # training images
     example: Tensor, # [B, C, H, W]
 ) -> tuple[Callable[[float], ModuleMasks], Sequence[float]]: # level -> masks; levels from mild to strict
     "Choose units by how often classes activate them (MODA Eq. 9)."
-    rates = activation_rates(model, train, example=example)
+    sites = sites_by_image(model, example)
+    rates = activation_rates(model, train, sites, example)
     if not always_active(model, example, rates):
         return (lambda level: threshold_masks(rates, train.classes, level)), WAYS["activity"]
-    strong = lambda level: activation_rates(model, train, example=example, level=level)
+    strong = lambda level: activation_rates(model, train, sites, example, level=level)
     return (lambda level: threshold_masks(strong(level), train.classes, 0.5)), SMOOTH_LEVELS
 
 
@@ -92,7 +103,7 @@ def by_contribution(
     outputs: Sequence[int], # the output of each class
 ) -> tuple[Callable[[float], ModuleMasks], Sequence[float]]: # level -> masks; levels from mild to strict
     "Choose units by what they contribute to classes."
-    sites = list(unit_sites(model, example))
+    sites = sites_by_image(model, example)
     sites += [site for site in sum_sites(model, example) if site not in sites]
     found = relative_contributions(contributions(model, train, sites, example, outputs=outputs))
     make = lambda level: keep_sums_alive(model, threshold_masks(found, train.classes, level), example)

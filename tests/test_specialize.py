@@ -76,6 +76,22 @@ def test_calibrated_outputs_are_a_line_of_the_silenced_network(trained):
         torch.testing.assert_close(output - output.mean(), scale * apart, rtol=1e-3, atol=1e-3)
 
 
+def test_units_that_are_no_images_stay_whole(trained):
+    "Such as those of a small network that makes a table of positions, which all images share"
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.own = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 16)), trained[0]
+            self.register_buffer("at", torch.rand(10, 2))
+
+        def forward(self, x): return self.own(x) + self.place(self.at).sum()
+
+    model, data = Placed().eval(), trained[1]
+    made = specialize(model, data, ["8", "1", "4"], max_loss=0.02)
+    assert made.report["small"]["weights"] < made.report["whole"]["weights"] and made.report["difference"] < 1e-4
+    assert "place.1" not in made.network.keep and len(made.network.keep) > 1
+
+
 def test_a_search_is_judged_by_training_images_alone(trained, monkeypatch):
     model, data = trained
     seen = []
