@@ -10,8 +10,7 @@ __all__ = ['EXTRAS', 'MISSING_OPERATOR', 'SIGNATURE', 'DECLARED', 'MissingExtra'
 import importlib
 import sys
 from types import ModuleType
-
-import torch
+from typing import Any
 
 # %% ../nbs/92_compat.ipynb #777af011
 EXTRAS = { # extra -> modules that come with it
@@ -40,12 +39,14 @@ def needs(
 # %% ../nbs/92_compat.ipynb #7970b066
 MISSING_OPERATOR = "operator torchvision::nms does not exist"
 SIGNATURE = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-DECLARED: list[torch.library.Library] = [] # a declaration lasts as long as its library, so it is held here
+DECLARED: list[Any] = [] # a declaration lasts as long as its library, so it is held here
 
 # %% ../nbs/92_compat.ipynb #4af38e25
 def declare_operators() -> None:
     "Declare the schemas of the two operators that torchvision's Python code adds to, once."
     if DECLARED: return
+    import torch # here, since who asks for an extra need not wait for it
+
     library = torch.library.Library("torchvision", "DEF")
     for name in ("nms", "qnms"): library.define(name + SIGNATURE)
     DECLARED.append(library)

@@ -14,6 +14,7 @@ from torch.autograd import Function
 
 from .checks import check_number
 from .data import Split
+from .devices import home_of
 from .prediction import check_weights
 from .units import unwrapped
 
@@ -37,10 +38,17 @@ def gate(
 # %% ../nbs/19_gates.ipynb #0ab74512
 def frozen(
     model: nn.Module, # not changed
+    example: Tensor | None = None, # [B, C, H, W]; None: the memory layout stays as it is
 ) -> nn.Module: # in evaluation mode, its parameters without gradients
     "Copy a network that shall not learn; ValueError where its weights are no finite numbers."
     check_weights(model)
-    return copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    still = copy.deepcopy(unwrapped(model)).eval().requires_grad_(False)
+    home = home_of(still, torch.device("cpu"))
+    if example is None or home.type not in ("cpu", "cuda"): return still
+    try:
+        with torch.no_grad(): still.to(memory_format=torch.channels_last)(example.to(home))
+    except RuntimeError: still.to(memory_format=torch.contiguous_format) # a network that asks for one layout of maps
+    return still
 
 # %% ../nbs/19_gates.ipynb #b977e3a1
 def check_learnable(

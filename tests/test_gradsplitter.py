@@ -197,6 +197,30 @@ def test_frozen_networks_and_unsound_ones():
     assert model.training and not still.training and not any(p.requires_grad for p in still.parameters())
     next(model.parameters()).data[0] = float("nan")
     with pytest.raises(ValueError, match="not sound"): frozen(model)
+
+
+class Rows(nn.Module):
+    "Makes rows of maps by `view`, which works in one memory layout alone."
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.relu, self.last = nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Linear(4 * 14 * 14, 3)
+
+    def forward(self, x): return self.last(self.relu(self.conv(x)).view(-1, 4 * 14 * 14))
+
+
+@pytest.mark.parametrize("model, faster", [(nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten()), True),
+                                           (Rows(), False)])
+def test_the_memory_layout_is_the_fast_one_where_it_can_be(model, faster):
+    images, layout = torch.rand(2, 3, 16, 16), {"memory_format": torch.channels_last}
+    still = frozen(model, images)
+    assert next(still.parameters()).is_contiguous(**layout) == faster
+    assert not next(model.parameters()).is_contiguous(**layout), "the network that was given stays as it is"
+    with torch.no_grad(): assert torch.allclose(still(images), model(images), atol=1e-5)
+    if not faster: assert GatedNetwork(model, images, 3)(images).shape == (3, 2, 3)
+
+
+def test_one_image_teaches_nothing():
     with pytest.raises(ValueError, match="batch_size"): check_learnable(split(), 1)
 
 

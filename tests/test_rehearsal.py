@@ -192,15 +192,25 @@ def test_parameters_are_put_in_as_papermill_does(tmp_path):
     assert code_cells(path, {"size": 4, "name": "a'b"})[1:] == ["# Parameters\nsize = 4\nname = \"a'b\"", "size"]
 
 
-# Every published study
+# Published studies
 
 
-def test_one_cell_of_every_published_study_goes_through(tmp_path):
-    published = [study for study, spec in MATRIX.items() if spec["fills"]]
-    words = ["rehearse", ",".join(published), "--cells", "1", "--runs", str(tmp_path / "runs")]
+def kinds(study: str) -> set[str]:
+    "What the first cell of a study runs, on which data set, and who reports"
+    cell = study_cells(MATRIX, study, DEFAULTS["train"])[0]
+    return {cell.train["dataset"], MATRIX[study]["report"], *map(stage_notebook, cell.stages)}
+
+
+def test_one_cell_of_every_kind_of_published_study_goes_through(tmp_path):
+    "Short studies first; one that has nothing new is left to `modnb rehearse all`"
+    published, seen = [study for study, spec in MATRIX.items() if spec["fills"]], set()
+    chosen = [study for study in sorted(published, key=lambda name: len(MATRIX[name]["stages"]))
+              if kinds(study) - seen and not seen.update(kinds(study))]
+    assert seen == set.union(*map(kinds, published)) and 4 <= len(chosen) <= len(published)
+    words = ["rehearse", ",".join(chosen), "--cells", "1", "--runs", str(tmp_path / "runs")]
     command = [sys.executable, "-m", "modnb.lab.commands", *words]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert all(f"{study}: 1 of " in done.stdout for study in published)
-    assert ", 0 failed, 0 skipped" in done.stdout.splitlines()[-1] and len(published) >= 8
+    assert all(f"{study}: 1 of " in done.stdout for study in chosen)
+    assert ", 0 failed, 0 skipped" in done.stdout.splitlines()[-1]
     shutil.rmtree(tmp_path / "runs")

@@ -88,6 +88,13 @@ def test_package_imports_little():
     assert ran.returncode == 0, ran.stderr[-2000:]
 
 
+def test_what_starts_notebooks_is_light():
+    "Seconds and hundreds of megabytes at every start otherwise; the notebook's own kernel has torch"
+    code = "import sys; sys.modules['torch'] = None; import modnb.lab.running, modnb.lab.commands"
+    ran = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr[-2000:]
+
+
 def written_in() -> dict[str, Path]:
     "Module without `modnb.` -> the notebook that exports it, relative to nbs/"
     found = {}

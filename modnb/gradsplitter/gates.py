@@ -122,7 +122,7 @@ class GatedNetwork(nn.Module):
     ):
         super().__init__()
         self.empty = choose(empty, EMPTY, "rule for empty layers")
-        still, self.sites = frozen(model), gate_sites(model, example)
+        still, self.sites = frozen(model, example), gate_sites(model, example)
         self.network = insert_gates(trace(still, example), self.sites, len(example)).eval()
         home = home_of(still, example.device)
         self.values = nn.ParameterList(torch.ones(classes, kernels, device=home) for kernels in self.sites.values())

@@ -103,6 +103,7 @@ def all_logits(
 ) -> Tensor: # [C, N, n]
     "Run a split through all modules, without gradients."
     batch_size = max(1, batch_size // len(gated.values[0]))
+    if not len(split): return torch.empty(len(gated.values[0]), 0, 0)
     with torch.no_grad(): return torch.cat([gated(images) for images, _ in batches(split, batch_size)], 1)
 
 
@@ -169,13 +170,13 @@ class Learned(NamedTuple):
 
 
 def score(
-    gated: GatedNetwork,
+    logits: Tensor, # [C, N, n], from `all_logits`
     heads: Heads,
-    split: Split, # on the device of both
+    labels: Tensor, # [N]
 ) -> float: # fraction; nan without images
     "Measure how often the right module has the highest score."
-    if not len(split): return float("nan")
-    with torch.no_grad(): return (heads(all_logits(gated, split)).argmax(1) == split.labels).double().mean().item()
+    if not len(labels): return float("nan")
+    with torch.no_grad(): return (heads(logits).argmax(1) == labels).double().mean().item()
 
 
 def check_splits(
@@ -214,10 +215,12 @@ def learn_modules(
     generator, states = Generator().manual_seed(seed), []
     with tqdm(total=sum(phase.epochs for phase in phases), disable=not wants_progress(progress), unit="epoch") as bar:
         for phase in phases:
+            judged = None # logits of the held-out images, which stay the same where gates stand still
             for _ in epochs_of(phase, gated, heads, train, batch_size, generator):
+                if phase.gates or judged is None: judged = all_logits(gated, valid)
                 values, state = [v.detach().clone() for v in gated.values], heads.state_dict()
                 copied = values, {name: tensor.clone() for name, tensor in state.items()}
-                states.append(State(score(gated, heads, valid), gated.share().item(), *copied))
+                states.append(State(score(judged, heads, valid.labels), gated.share().item(), *copied))
                 check_something_left(states[-1].share, phase.alpha)
                 bar.update()
     epoch = choose_state(states, pick, tolerance, reference)

@@ -250,4 +250,5 @@ def main(
 # %% ../../nbs/lab/00_running.ipynb #b576e9c1
 if __name__ == "__main__" and "__file__" in globals(): # in a notebook there is no file
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143)) # so that a stopped runner stops its kernel and tidies up
+    sys.modules.setdefault("rfc3987_syntax", None) # jsonschema would compile a grammar of web addresses at every start
     sys.exit(main())

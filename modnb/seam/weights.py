@@ -91,7 +91,7 @@ class MaskedNetwork(nn.Module):
         seed: int = 0, # of the head's first weights
     ):
         super().__init__()
-        self.network, home = frozen(model), home_of(model, example.device)
+        self.network, home = frozen(model, example), home_of(model, example.device)
         self.names = weight_names(self.network)
         self.values = nn.ParameterList(torch.ones_like(self.network.get_parameter(name)) for name in self.names)
         with torch.random.fork_rng(devices=[]), torch.no_grad():
@@ -177,7 +177,7 @@ def learn_epoch(
     augment: bool = False, # random crop and mirroring, as far as the split wants them
 ) -> None:
     "Go through the images once."
-    masked.train()
+    masked.train().values.requires_grad_(alpha > 0) # no slope through the network for the head alone
     dropout = torch.randint(2**62, (), generator=generator, device=generator.device).item()
     with seeded(dropout, split.device):
         for images, labels in batches(split, batch_size, augment=augment, shuffle=True, generator=generator):
