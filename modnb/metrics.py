@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['DENOMINATORS', 'aten', 'OUTPUTS', 'PRICES', 'accuracy', 'check_target', 'precision_recall', 'other_accuracy',
            'jaccard', 'mean_pair_jaccard', 'flat_masks', 'cohesion', 'coupling', 'kernel_sites', 'kernel_totals',
-           'kernel_retention', 'count_weights', 'modules_weights', 'shared_entries', 'overlap', 'module_size',
-           'mean_overlap', 'layer_overlap', 'layer_retention', 'norm_price', 'count_flops', 'latency', 'costs']
+           'class_retentions', 'kernel_retention', 'count_weights', 'modules_weights', 'shared_entries', 'overlap',
+           'module_size', 'mean_overlap', 'layer_overlap', 'layer_retention', 'norm_price', 'count_flops', 'latency',
+           'costs']
 
 # %% ../nbs/15_metrics.ipynb #9be80b3c
 import copy
@@ -178,26 +179,38 @@ def kernel_totals(
     return {"paper": sum(number for number, pointwise in sites if not pointwise), "network": sum(n for n, _ in sites)}
 
 # %% ../nbs/15_metrics.ipynb #1ebaf68c
-def kernel_retention(
+def class_retentions(
     masks: ModuleMasks,
-    classes: Iterable[str | int] | str | int | None = None, # union of these modules; None: mean over single modules
     denominator: str = "masked", # "masked" (MwT's program), "paper" (MwT's Table 2) or "network"
-    model: nn.Module | None = None, # for "paper" and "network"
+    model: nn.Module | None = None, # for "paper" and "network"; traced once
     example: Tensor | None = None, # [B, C, H, W], for "paper" and "network"
-) -> float: # fraction of the kernels; with "masked" of all masked units
-    "Measure which share of the kernels modules keep; ValueError for bad arguments (MwT Sec. 4.1)."
+    groups: Sequence[Sequence[int]] | None = None, # numbers of classes, whose modules are united; None: each alone
+) -> list[float]: # fraction of the kernels for each group; with "masked" of all masked units
+    "Measure which share of the kernels each module keeps; ValueError for bad arguments (MwT Sec. 4.1)."
     choose(denominator, DENOMINATORS, "denominator")
-    groups = [[c] for c in range(len(masks.classes))] if classes is None else [class_indices(classes, masks.classes)]
+    groups = [[c] for c in range(len(masks.classes))] if groups is None else groups
     if denominator == "masked":
-        kept = [torch.cat(list(masks.keep(group).values())).double().mean().item() for group in groups]
-        return sum(kept) / len(kept)
+        return [torch.cat(list(masks.keep(group).values())).double().mean().item() for group in groups]
     if model is None or example is None: raise ValueError(f"denominator {denominator!r} needs model and example")
     anatomy, sites = Anatomy(model, example), kernel_sites(model, example)
     counted = [site for site, (_, pointwise) in sites.items() if denominator == "network" or not pointwise]
     shares = [anatomy.kept_weights(masks.keep(group), outputs=group) for group in groups]
-    kept = sum(int(weights[f"{site}.weight"].rows.sum()) for weights in shares for site in counted
-               if f"{site}.weight" in weights)
-    return kept / (len(groups) * sum(sites[site][0] for site in counted))
+    kept = [sum(int(weights[f"{site}.weight"].rows.sum()) for site in counted if f"{site}.weight" in weights)
+            for weights in shares]
+    return [number / sum(sites[site][0] for site in counted) for number in kept]
+
+# %% ../nbs/15_metrics.ipynb #83dc472b
+def kernel_retention(
+    masks: ModuleMasks,
+    classes: Iterable[str | int] | str | int | None = None, # union of these modules; None: mean over single modules
+    denominator: str = "masked", # see `class_retentions`
+    model: nn.Module | None = None, # for "paper" and "network"
+    example: Tensor | None = None, # [B, C, H, W], for "paper" and "network"
+) -> float: # fraction of the kernels; with "masked" of all masked units
+    "Measure which share of the kernels modules keep, on average or together; ValueError (MwT Sec. 4.1)."
+    groups = None if classes is None else [class_indices(classes, masks.classes)]
+    found = class_retentions(masks, denominator, model, example, groups)
+    return sum(found) / len(found)
 
 # %% ../nbs/15_metrics.ipynb #045a886f
 def count_weights(

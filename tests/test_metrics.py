@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 from references import set_jaccard
 from torch import nn
 
-from modnb.extract import EmptyModule, extract
+from modnb.extract import Anatomy, EmptyModule, extract
 from modnb.masks import ModuleMasks, threshold_masks
 from modnb.metrics import (
     accuracy,
+    class_retentions,
     cohesion,
     costs,
     count_flops,
@@ -319,3 +320,15 @@ def test_costs_times_networks_in_turns():
 ])
 def test_wrong_input_is_named(call, message):
     with pytest.raises(ValueError, match=message): call()
+
+
+@pytest.mark.parametrize("denominator", ["masked", "paper", "network"])
+def test_kernels_of_all_classes_are_counted_with_one_trace(denominator, monkeypatch):
+    model, traced = create_model("lenet5", width=1.0, image_size=32), []
+    bits = {site: draw_bits(7, 4, units) for site, units in unit_sites(model, EXAMPLE).items()}
+    for mask in bits.values(): mask[:, 0] = True
+    masks = ModuleMasks(bits, list("abcd"))
+    single = [kernel_retention(masks, [name], denominator, model, EXAMPLE) for name in masks.classes]
+    monkeypatch.setattr("modnb.metrics.Anatomy", lambda *given: traced.append(given) or Anatomy(*given))
+    assert class_retentions(masks, denominator, model, EXAMPLE) == single
+    assert len(set(single)) > 1 and len(traced) == (denominator != "masked")

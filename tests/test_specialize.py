@@ -11,12 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from modnb.cnnsplitter.search import search
 from modnb.data import Split, Stream, batches, load_dataset
+from modnb.extract import masked
 from modnb.lab.commands import main
 from modnb.lab.networks import open_network, read_weights
 from modnb.models import create_model
 from modnb.prediction import evaluate
-from modnb.specialize import Candidate, load_specialized, pick, specialize, verify
+from modnb.specialize import WAYS, Candidate, load_specialized, pick, specialize, verify
 from modnb.training import fit
 
 
@@ -60,6 +62,64 @@ def test_a_smaller_network_within_the_loss_in_the_order_asked_for(trained):
     assert json.loads(json.dumps(made.report)) == made.report
 
 
+def test_calibrated_outputs_are_a_line_of_the_silenced_network(trained):
+    model, data = trained
+    made, plain = (specialize(model, data, ["8", "1", "4"], size=0.3, calibrated=each) for each in (True, False))
+    assert made.report["calibrated"] and "outputs calibrated" in repr(made) and not plain.report["calibrated"]
+    assert made.report["accuracy"] > plain.report["accuracy"], "this is what calibration is for"
+    assert specialize(model, data, ["8", "1", "4"], max_loss=1.0).report["size"] <= made.report["size"]
+    x = data.example(40)
+    with torch.no_grad(): own, said = masked(model, made.network.keep, x)(x)[:, [8, 1, 4]], made.network(x)
+    for silenced, output in zip(own.T.double(), said.T.double()):
+        apart = silenced - silenced.mean()
+        scale = (apart * output).sum() / apart.square().sum()
+        torch.testing.assert_close(output - output.mean(), scale * apart, rtol=1e-3, atol=1e-3)
+
+
+def test_units_that_are_no_images_stay_whole(trained):
+    "Such as those of a small network that makes a table of positions, which all images share"
+    class Placed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.place, self.own = nn.Sequential(nn.Linear(2, 8), nn.ReLU(), nn.Linear(8, 16)), trained[0]
+            self.register_buffer("at", torch.rand(10, 2))
+
+        def forward(self, x): return self.own(x) + self.place(self.at).sum()
+
+    model, data = Placed().eval(), trained[1]
+    made = specialize(model, data, ["8", "1", "4"], max_loss=0.02)
+    assert made.report["small"]["weights"] < made.report["whole"]["weights"] and made.report["difference"] < 1e-4
+    assert "place.1" not in made.network.keep and len(made.network.keep) > 1
+
+
+def test_a_search_is_judged_by_training_images_alone(trained, monkeypatch):
+    model, data = trained
+    seen = []
+    def watched(network, split, *rest, **options):
+        seen.append(split)
+        return search(network, split, *rest, **options)
+    monkeypatch.setattr("modnb.specialize.search", watched)
+    monkeypatch.setattr("modnb.specialize.GENERATIONS", 1)
+    monkeypatch.setitem(WAYS, "search", (0.8, 0.6))
+    made = specialize(model, data, ["8", "1", "4"], max_loss=0.5, ways=["search"])
+    known = {image.numpy().tobytes() for image in data.train.images}
+    assert [split.classes for split in seen] == [["1", "4", "8"]] * 2
+    assert all(image.numpy().tobytes() in known for split in seen for image in split.images)
+    assert made.report["way"] == "search" and made.network.classes == ["8", "1", "4"] and made.report["size"] < 0.9
+    assert made.report["test"]["small"] > 0.5 and made.report["difference"] < 1e-4
+
+
+def test_where_nothing_can_be_searched(trained):
+    model, data = trained
+    loaders = {name: Stream(list(batches(getattr(data, name), 100)), data.classes) for name in ("train", "valid")}
+    with pytest.raises(ValueError, match="take 'search' off ways"):
+        specialize(model, loaders, ["1", "7"], ways=["search"])
+    flat = nn.Sequential(nn.Flatten(), nn.Linear(data.example()[0].numel(), 10))
+    with pytest.raises(ValueError, match="no convolution .* take 'search' off ways"), warnings.catch_warnings():
+        warnings.simplefilter("ignore") # that it guesses
+        specialize(flat, data, ["1", "7"], ways=["search"])
+
+
 def test_test_images_take_no_part_in_the_choice(trained):
     model, data = trained
     other = replace(data, test=replace(data.test, labels=data.test.labels.flip(0)))
@@ -83,7 +143,7 @@ def test_loaders_do_as_splits_do(trained):
     model, data = trained
     loader = lambda split: Stream(list(batches(split, 100)), split.classes, split.preparation())
     splits = {"train": data.train, "valid": data.valid, "test": data.test}
-    made = [specialize(model, each, ["1", "7"], max_loss=0.01, ways=["activity"])
+    made = [specialize(model, each, ["1", "7"], max_loss=0.01, ways=["activity"], calibrated=False)
             for each in (splits, {name: loader(split) for name, split in splits.items()})]
     for name in ("way", "level", "valid", "test"): assert made[0].report[name] == made[1].report[name]
     assert made[0].network.preparation == made[1].network.preparation == data.train.preparation()
@@ -169,7 +229,7 @@ def test_wrong_data(trained):
 
 def test_the_proof_refuses_a_wrong_network(trained):
     model, data = trained
-    small = specialize(model, data, ["1", "7"], ways=["activity"]).network
+    small = specialize(model, data, ["1", "7"], ways=["activity"], calibrated=False).network
     assert verify(model, small, data.example()) < 1e-4
     with torch.no_grad(): next(small.parameters()).mul_(1.5)
     with pytest.raises(ArithmeticError, match="more than rounding"): verify(model, small, data.example())
